@@ -1,0 +1,1 @@
+"""The harness: suites in, records and reports out."""

@@ -1,0 +1,1 @@
+"""Raw measurements with units: latency, memory, FLOPs, environment."""

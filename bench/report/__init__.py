@@ -1,0 +1,1 @@
+"""Tables and plots as functions of records; no torch."""

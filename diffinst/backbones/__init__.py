@@ -1,0 +1,1 @@
+"""Feature extractors: one contract, named maps with channels and strides."""

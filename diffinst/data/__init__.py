@@ -1,0 +1,1 @@
+"""Data sets: readers, the generated shapes, transforms, samplers, loaders."""

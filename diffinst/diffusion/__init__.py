@@ -1,0 +1,1 @@
+"""The diffusion process over boxes; knows no image and no network."""

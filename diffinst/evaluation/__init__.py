@@ -1,0 +1,1 @@
+"""Scores from stored predictions; no model needed."""

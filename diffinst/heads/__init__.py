@@ -1,0 +1,1 @@
+"""The box head, the mask branch and the dynamic mask head."""
