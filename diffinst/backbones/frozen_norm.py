@@ -1,0 +1,45 @@
+"""Convolution followed by a batch norm that is never trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+
+class ConvFrozenNorm(nn.Conv2d):
+    """Convolution without bias and a batch norm whose statistics and affine map are constants.
+
+    A constant affine map after a convolution is a convolution with other weights, so the norm is folded into them on
+    each call: that costs a pass over the weights instead of two over the activations.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=False
+        )
+        self.norm = FrozenBatchNorm2d(out_channels, eps=norm_eps)
+        # Kaiming normal by fan-out, which torch's own function takes `groups` times too large.
+        fan_out = out_channels * kernel_size**2 // groups
+        nn.init.normal_(self.weight, std=math.sqrt(2 / fan_out))
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight (out, in / groups, k, k) and bias (out,) of the equivalent single convolution."""
+        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+        return self.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.folded()
+        return self._conv_forward(x, weight, bias)

@@ -1,0 +1,146 @@
+"""ModelConfig -> DiffusionInst: the only model file that reads a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffinst.backbones.base import Backbone
+from diffinst.backbones.fpn import FPN
+from diffinst.backbones.registry import BACKBONES, IMAGENET_WEIGHTS
+from diffinst.config import ModelConfig
+from diffinst.errors import CheckpointError, ConfigError
+from diffinst.heads.box_head import BoxHead
+from diffinst.heads.mask_branch import MaskBranch
+from diffinst.heads.mask_head import num_mask_params
+from diffinst.heads.released_init import released_init_
+from diffinst.model import DiffusionInst
+
+_PREFIX = "backbone."
+_SHOWN = 3  # mismatches named in an error
+
+
+def _difference(backbone: Backbone, state: dict[str, Tensor]) -> list[str]:
+    own = backbone.state_dict()
+    lines = [f"{key} is missing" for key in own if key not in state]
+    lines += [f"{key} is not part of this backbone" for key in state if key not in own]
+    lines += [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    return lines
+
+
+def load_backbone_weights(backbone: Backbone, path: Path) -> None:
+    """Copies weights from a safetensors file into a backbone.
+
+    The file holds a backbone's state dict or a whole model's, of which the part under "backbone." is taken.
+
+    Raises:
+        CheckpointError: no such file, not a safetensors file, or the weights of another backbone.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"backbone_weights: {path}: no such file. Allowed: 'none', 'imagenet' or a safetensors file."
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"backbone_weights: {path}: not a safetensors file, or truncated ({error}). Export the state dict with "
+            "safetensors.torch.save_file."
+        ) from error
+    if any(key.startswith(_PREFIX) for key in state):
+        state = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+    difference = _difference(backbone, state)
+    if difference:
+        more = f", and {len(difference) - _SHOWN} more" if len(difference) > _SHOWN else ""
+        raise CheckpointError(
+            f"backbone_weights: {path}: weights of another backbone: {'; '.join(difference[:_SHOWN])}{more}. Choose "
+            "the backbone they were saved from."
+        )
+    backbone.load_state_dict(state)
+
+
+def build_backbone(config: ModelConfig) -> Backbone:
+    """The backbone with its weights.
+
+    Raises:
+        ConfigError: ImageNet weights are asked for and not to be had.
+        CheckpointError: a weights file does not fit.
+    """
+    backbone = BACKBONES[config.backbone](config.freeze_at)
+    if config.backbone_weights == "imagenet":
+        if config.backbone not in IMAGENET_WEIGHTS:
+            raise ConfigError(
+                f"backbone_weights 'imagenet': no installable package carries them for {config.backbone}, only for "
+                f"{', '.join(IMAGENET_WEIGHTS)}. Set backbone_weights to 'none' or a safetensors file."
+            )
+        backbone.load_state_dict(IMAGENET_WEIGHTS[config.backbone]())
+    elif config.backbone_weights != "none":
+        load_backbone_weights(backbone, Path(config.backbone_weights))
+    return backbone
+
+
+def build_model(config: ModelConfig) -> DiffusionInst:
+    """The model with initial weights, drawn from torch's global generator, on the CPU, in training mode.
+
+    Raises:
+        ConfigError: `num_classes` is not set, or the backbone's weights cannot be had.
+        CheckpointError: the backbone's weights file does not fit.
+    """
+    if config.num_classes is None:
+        raise ConfigError("num_classes is not set. Take it from the data set, or give it in the model section.")
+    backbone = build_backbone(config)
+    fpn = FPN(backbone.out_shapes, out_channels=config.hidden_dim)
+    has_masks = config.mask == "dynamic"
+    box_head = BoxHead(
+        num_stages=config.num_stages,
+        num_classes=config.num_classes,
+        num_mask_params=(
+            num_mask_params(config.mask_feature_channels, config.mask_head_channels) if has_masks else None
+        ),
+        dim=config.hidden_dim,
+        dim_feedforward=config.dim_feedforward,
+        dim_dynamic=config.dim_dynamic,
+        num_attention_heads=config.num_attention_heads,
+        num_class_layers=config.num_class_layers,
+        num_box_layers=config.num_box_layers,
+        strides=[shape.stride for shape in fpn.out_shapes.values()],
+        pooler_resolution=config.pooler_resolution,
+        pooler_sampling_ratio=config.pooler_sampling_ratio,
+        dropout=config.dropout,
+    )
+    mask_branch = None
+    if has_masks:
+        mask_branch = MaskBranch(
+            in_channels=config.hidden_dim,
+            channels=config.mask_branch_channels,
+            num_layers=config.mask_branch_layers,
+            out_channels=config.mask_feature_channels,
+            norm=config.mask_norm,
+        )
+    if config.init == "released":
+        released_init_([box_head] if mask_branch is None else [box_head, mask_branch], config.num_classes)
+    return DiffusionInst(
+        backbone=backbone,
+        fpn=fpn,
+        box_head=box_head,
+        mask_branch=mask_branch,
+        mask_head_channels=config.mask_head_channels,
+        num_classes=config.num_classes,
+        num_train_timesteps=config.num_train_timesteps,
+        snr_scale=config.snr_scale,
+    )
+
+
+def seeded_model(config: ModelConfig, seed: int) -> DiffusionInst:
+    """`build_model` with weights that depend on the seed alone; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(config)

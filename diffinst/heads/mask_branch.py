@@ -1,0 +1,59 @@
+"""The mask branch: one map of mask features per image, shared by all its instances (CondInst, arXiv:2003.05664)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+from diffinst.ops.masks import aligned_bilinear
+
+# Levels of the pyramid that are fused, finest first. The release lists p3, p4, p5 but computes with p2, p3, p4.
+NUM_LEVELS = 3
+_GROUP_SIZE = 8
+
+
+def _conv_norm(in_channels: int, out_channels: int, norm: Literal["batch", "group"]) -> nn.Sequential:
+    if norm == "batch":
+        norm_layer: nn.Module = nn.BatchNorm2d(out_channels)
+    else:
+        norm_layer = nn.GroupNorm(out_channels // math.gcd(out_channels, _GROUP_SIZE), out_channels)
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), norm_layer, nn.ReLU())
+
+
+class MaskBranch(nn.Module):
+    """Fuses the three finest levels at the finest stride, then a tower of 3x3 convolutions and a 1x1 projection.
+
+    Args:
+        in_channels: channels of the pyramid.
+        channels: width of the branch.
+        num_layers: 3x3 convolutions after the fusion.
+        out_channels: channels of the mask features.
+        norm: "batch" (trained, as released) or "group" (independent of the batch, groups of 8 channels).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        channels: int = 128,
+        num_layers: int = 4,
+        out_channels: int = 8,
+        norm: Literal["batch", "group"] = "batch",
+    ) -> None:
+        super().__init__()
+        self.refine = nn.ModuleList(_conv_norm(in_channels, channels, norm) for _ in range(NUM_LEVELS))
+        self.tower = nn.Sequential(*(_conv_norm(channels, channels, norm) for _ in range(num_layers)))
+        self.project = nn.Conv2d(channels, out_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        """Pyramid, finest level first, each half the size of the one before -> (B, out_channels, H/4, W/4)."""
+        x = self.refine[0](pyramid[0])
+        for level in range(1, NUM_LEVELS):
+            x = x + aligned_bilinear(self.refine[level](pyramid[level]), 2**level)
+        mask_features: Tensor = self.project(self.tower(x))
+        return mask_features

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import torch
+from helpers import load_fixture
+from released_tiny_model import released_tiny_model
+from torch import Tensor
+from torch.testing import assert_close
+
+from diffinst.heads.dynamic_conv import DynamicConv
+
+
+def _one_by_one(conv: DynamicConv, proposal_features: Tensor, roi_features: Tensor) -> Tensor:
+    """Slow, obvious twin: proposal by proposal, pixel by pixel."""
+    rows = []
+    for feature, roi in zip(proposal_features, roi_features):
+        generated = conv.generate(feature)
+        half = conv.dim * conv.dim_dynamic
+        weight1 = generated[:half].reshape(conv.dim, conv.dim_dynamic)
+        weight2 = generated[half:].reshape(conv.dim_dynamic, conv.dim)
+        pixels = []
+        for y in range(roi.shape[1]):
+            for x in range(roi.shape[2]):
+                hidden = conv.norm1(roi[:, y, x] @ weight1).relu()
+                pixels.append(conv.norm2(hidden @ weight2).relu())
+        rows.append(conv.out_norm(conv.out(torch.cat(pixels))).relu())
+    return torch.stack(rows)
+
+
+def test_equals_the_slow_twin() -> None:
+    torch.manual_seed(0)
+    conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
+    proposal_features, roi_features = torch.randn(4, 6), torch.randn(4, 6, 2, 2)
+    expected = _one_by_one(conv, proposal_features, roi_features)
+    assert_close(conv(proposal_features, roi_features), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_proposals() -> None:
+    conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
+    assert conv(torch.zeros(0, 6), torch.zeros(0, 6, 2, 2)).shape == (0, 6)
+
+
+def test_stage_0_parity() -> None:
+    fixture = {name: torch.from_numpy(array) for name, array in load_fixture("head_io").items()}
+    stage = released_tiny_model().box_head.stages[0]
+    attention_in = fixture["stage0_self_attn_in"].transpose(0, 1)  # (N, B, D) -> (B, N, D)
+    attention_out = fixture["stage0_self_attn_out"].transpose(0, 1)
+    with torch.no_grad():
+        proposal_features = stage.self_attention_norm(attention_in + attention_out).flatten(0, 1)
+        out = stage.dynamic_conv(proposal_features, fixture["stage0_roi_features"])
+    assert_close(out, fixture["stage0_dynconv_out"], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffinst.backbones.registry import BACKBONES
+from diffinst.backbones.tiny import Tiny
+from diffinst.build import build_backbone, build_model, load_backbone_weights, seeded_model
+from diffinst.config import ModelConfig
+from diffinst.errors import CheckpointError, ConfigError
+
+SMALL: dict = {
+    "num_classes": 2,
+    "hidden_dim": 16,
+    "num_stages": 1,
+    "num_attention_heads": 2,
+    "dim_feedforward": 16,
+    "dim_dynamic": 4,
+    "mask_branch_channels": 8,
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_builds(backbone: str) -> None:
+    model = build_model(ModelConfig(backbone=backbone, **SMALL))
+    assert list(model.fpn.out_shapes.values()) == [(16, 4), (16, 8), (16, 16), (16, 32)]
+
+
+def test_every_size_reaches_its_module() -> None:
+    config = ModelConfig(
+        backbone="tiny",
+        num_classes=7,
+        hidden_dim=24,
+        num_stages=3,
+        num_attention_heads=3,
+        dim_feedforward=40,
+        dim_dynamic=6,
+        num_class_layers=2,
+        num_box_layers=4,
+        pooler_resolution=5,
+        pooler_sampling_ratio=1,
+        dropout=0.25,
+        mask_branch_channels=20,
+        mask_branch_layers=2,
+        mask_feature_channels=6,
+        mask_head_channels=(5, 4),
+        mask_norm="group",
+        snr_scale=1.5,
+        num_train_timesteps=50,
+    )
+    model = build_model(config)
+    stages = model.box_head.stages
+    stage = stages[1]
+    assert len(stages) == 3
+    assert stage.class_logits.weight.shape == (7, 24)
+    assert stage.self_attention.num_heads == 3
+    assert stage.self_attention.dropout == stage.dropout.p == 0.25
+    assert stage.feedforward[0].weight.shape == (40, 24)
+    assert stage.dynamic_conv.generate.weight.shape == (2 * 24 * 6, 24)
+    assert stage.dynamic_conv.out.weight.shape == (24, 25 * 24)
+    assert (len(stage.class_tower), len(stage.box_tower)) == (2 * 3, 4 * 3)
+    assert (stage.pooler_resolution, stage.pooler_sampling_ratio) == (5, 1)
+    assert stage.mask_params.weight.shape == (6 * 5 + 5 * 4 + 4 * 1 + 5 + 4 + 1, 24)
+    assert model.mask_branch.project.weight.shape == (6, 20, 1, 1)
+    assert len(model.mask_branch.tower) == 2
+    assert isinstance(model.mask_branch.tower[0][1], torch.nn.GroupNorm)
+    assert (model.num_classes, model.snr_scale, model.mask_head_channels) == (7, 1.5, (5, 4))
+    assert model.schedule.num_timesteps == 50
+
+
+def test_class_count_is_needed() -> None:
+    with pytest.raises(ConfigError, match="num_classes is not set"):
+        build_model(ModelConfig(backbone="tiny"))
+
+
+def test_seed_decides_the_weights_and_nothing_else_changes() -> None:
+    config = ModelConfig(backbone="tiny", **SMALL)
+    torch.manual_seed(5)
+    expected_draw = torch.rand(3)
+    torch.manual_seed(5)
+    models = [seeded_model(config, seed).state_dict() for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(3), expected_draw)
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not torch.equal(models[0]["backbone.stem.weight"], models[2]["backbone.stem.weight"])
+
+
+def test_imagenet_weights_differ_from_random_ones() -> None:
+    backbones = [
+        build_backbone(ModelConfig(backbone="efficientnet_lite0", backbone_weights=w)) for w in ("imagenet", "none")
+    ]
+    assert (backbones[0].stem.norm.running_var != 1).all()
+    assert (backbones[1].stem.norm.running_var == 1).all()
+
+
+def test_imagenet_weights_that_no_package_carries() -> None:
+    with pytest.raises(ConfigError, match="for resnet50, only for efficientnet_lite0"):
+        build_backbone(ModelConfig(backbone="resnet50", backbone_weights="imagenet"))
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_weights_from_a_file(tmp_path: Path, prefix: str) -> None:
+    saved = Tiny()
+    state = {prefix + name: value for name, value in saved.state_dict().items()}
+    if prefix:
+        state["fpn.lateral.0.bias"] = torch.zeros(1)
+    save_file(state, tmp_path / "weights.safetensors")
+    config = ModelConfig(backbone="tiny", backbone_weights=str(tmp_path / "weights.safetensors"))
+    loaded = build_backbone(config).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved.state_dict().items())
+
+
+def test_missing_weights_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing\.safetensors: no such file\. Allowed: 'none', 'imagenet'"):
+        load_backbone_weights(Tiny(), tmp_path / "nothing.safetensors")
+
+
+def test_truncated_weights_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(Tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a safetensors file, or truncated") as caught:
+        load_backbone_weights(Tiny(), path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_backbone(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(Tiny(stem_channels=8).state_dict(), path)
+    with pytest.raises(
+        CheckpointError, match=r"stem\.weight is \(8, 3, 3, 3\) instead of \(16, 3, 3, 3\).* and \d+ more"
+    ):
+        load_backbone_weights(Tiny(), path)
+    save_file({"other": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_backbone_weights(Tiny(), path)
