@@ -1,9 +1,18 @@
-"""A suite becomes a graph: data set -> training -> predictions -> scores, and a cell per combination of axes and seed."""
+"""A suite becomes a graph, data set -> training -> predictions -> scores, with a cell per combination of axes."""
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from bench.errors import SuiteError
+from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text
+from diffinst.config import Config, DataConfig
 
 NodeKind = Literal["dataset", "train", "predict", "score", "latency"]
 
@@ -12,9 +21,21 @@ NodeKind = Literal["dataset", "train", "predict", "score", "latency"]
 class Node:
     """One piece of work whose result is stored under its id and reused when it exists.
 
-    id: kind and the first 16 hex digits of the SHA-256 of the canonical JSON of (kind, spec, input ids), 'train-0f3a...'.
+    id: kind and the first 16 hex digits of the SHA-256 of the canonical JSON of (kind, spec, input ids):
+        'train-0f3a...'.
     spec: JSON-able; everything that determines the result, and nothing else (no paths, no host, no worker count).
-    options: JSON-able; what may change without changing the result (data root, device, number of workers).
+    options: JSON-able; what may change without changing the result: 'config', the whole resolved configuration with
+        paths made absolute (sampler: the suite's own for a data set or a training, the cell's for the rest), and
+        'data_root' and 'device' as given or None.
+
+    Specs, by kind:
+        dataset: 'dataset', 'splits' (shapes has one node for both), and what identifies them: the parameters of shapes;
+            else 'skip_invalid', digests of image-id lists, and of annotation files for 'custom'.
+        train: 'model', 'train', 'data' (training fields). Input: the data set with the training split.
+        predict: 'sampler', 'data' (test fields), 'model'. Inputs: training, data set with the validation split.
+        score: 'iou_types', 'class_agnostic'. Inputs: predictions, data set.
+        latency: those of predict, 'measure', 'device' ('auto' if not given). Inputs: training, data set. It measures
+            memory, parameters and FLOPs too.
     """
 
     id: str
@@ -28,7 +49,7 @@ class Node:
 class Cell:
     """One row of the suite's table: the axis values, the resolved configuration and the nodes that produce its numbers.
 
-    run_id: 16 hex digits from the node ids and the measurement settings; names the record file.
+    run_id: 16 hex digits from the node ids and the measurement settings, whatever the device; names the record file.
     label: 'sampling_steps=4 num_proposals=100 seed=0', for people and for `--only`.
     """
 
@@ -46,3 +67,376 @@ class Plan:
     suite_name: str
     cells: tuple[Cell, ...]
     nodes: dict[str, Node]
+
+
+_SHAPES_FIELDS = ("shapes_train_images", "shapes_val_images", "shapes_image_size", "shapes_seed")
+_TEST_FIELDS = ("shortest_edge_test", "longest_edge_test")
+_ID_LIST_FIELDS = {"train": "train_image_ids", "val": "val_image_ids"}
+# What the data set's own node stands for, so that the others need not repeat it.
+_IDENTITY_FIELDS = ("dataset", "skip_invalid", *_SHAPES_FIELDS, *CUSTOM_PATHS, *_ID_LIST_FIELDS.values())
+_WEIGHT_NAMES = ("none", "imagenet")
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def build_plan(
+    suite: Suite,
+    *,
+    only: str | None = None,
+    data_root: Path | None = None,
+    device: str | None = None,
+    num_workers: int | None = None,
+) -> Plan:
+    """The graph of a suite.
+
+    Args:
+        suite: a valid suite.
+        only: terms separated by spaces, each a shell pattern for one 'axis=value' of a cell's label, for one of the
+            values, or for the run id; a cell is kept when all terms match.
+        data_root: folder of the data sets; relative paths of the suite are looked for in it, too.
+        device: what runs the model, 'cpu' or 'cuda' for instance; None leaves the choice to the run.
+        num_workers: loading processes of a training; None keeps the suite's.
+    Raises:
+        SuiteError: a file that the suite names is missing, two cells would be the same run, or `only` keeps none.
+    """
+    builder = _Builder(suite, data_root, device, num_workers)
+    cells = [builder.cell(cell) for cell in suite.cells]
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.run_id in seen:
+            raise suite.axes_place.error(
+                "axes",
+                f"the cells '{seen[cell.run_id].label}' and '{cell.label}' would be the same run: "
+                "what differs has no effect there. Remove one of the two",
+            )
+        seen[cell.run_id] = cell
+    if only is not None:
+        cells = _select(cells, only)
+    needed = {node_id for cell in cells for node_id in cell.nodes.values()}
+    needed |= {source for node_id in needed for source in builder.nodes[node_id].inputs}
+    # Nodes were made cell by cell, each after its inputs: the first cells are complete early.
+    return Plan(
+        suite.name, tuple(cells), {node_id: node for node_id, node in builder.nodes.items() if node_id in needed}
+    )
+
+
+def make_id(kind: str, spec: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    """The id of a node; the order of the keys in `spec` does not matter."""
+    return f"{kind}-{_digest([kind, spec, list(inputs)])}"
+
+
+def _digest(content: Any) -> str:
+    text = _CANONICAL.encode(content)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _select(cells: Sequence[Cell], only: str) -> list[Cell]:
+    terms = only.split()
+    kept = []
+    for cell in cells:
+        texts = {name: axis_value_text(value) for name, value in cell.axes.items()}
+        tokens = [cell.run_id, *texts.values(), *(f"{name}={text}" for name, text in texts.items())]
+        if terms and all(fnmatch.filter(tokens, term) for term in terms):
+            kept.append(cell)
+    if not kept:
+        examples = ", ".join(f"'{cell.label}'" for cell in cells[:3])
+        more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
+        raise SuiteError(f"matches no cell. Cells: {examples}{more}", key=f"--only {only}")
+    return kept
+
+
+class _Builder:
+    """Makes the nodes of cells; equal ones once."""
+
+    def __init__(self, suite: Suite, data_root: Path | None, device: str | None, num_workers: int | None) -> None:
+        self.suite, self.data_root, self.device, self.num_workers = suite, data_root, device, num_workers
+        self.nodes: dict[str, Node] = {}
+        self.measure = suite.measure.model_dump(mode="json")
+        # By id() of sections, which the suite keeps alive.
+        self.dumps: dict[int, dict[str, Any]] = {}
+        self.trainings: dict[tuple[int, int, int], tuple[str, str]] = {}
+        self.files: dict[tuple[str, str], Path] = {}
+        self.digests: dict[Path, str] = {}
+
+    def cell(self, cell: SuiteCell) -> Cell:
+        config, measure = cell.config, self.suite.measure
+        train, dataset = self._training(config)
+        options = self._options(config)
+        nodes: dict[NodeKind, str] = {"dataset": dataset, "train": train}
+        data = self._dump(config.data)
+        test = {
+            "sampler": self._dump(config.sampler),
+            "data": {"dataset": config.data.dataset} | {name: data[name] for name in _TEST_FIELDS},
+        }
+        # The training's id covers model and data set; here they make a spec readable and comparable by itself.
+        subject = test | {"model": self._dump(config.model) | self._weights(config)}
+        if measure.score:
+            nodes["predict"] = self._add("predict", subject, (train, dataset), options)
+            iou_types = ["bbox"] if config.model.mask == "none" else ["bbox", "segm"]
+            score_spec = {"iou_types": iou_types, "class_agnostic": config.data.class_agnostic}
+            nodes["score"] = self._add("score", score_spec, (nodes["predict"], dataset), options)
+        # A cell keeps its run id on every device, so that a report needs the suite alone to find its record.
+        run_id = _digest([nodes, test, self.measure])
+        if measure.latency or measure.memory or measure.flops:
+            settings = {name: value for name, value in self.measure.items() if name != "score"}
+            latency_spec = subject | {"measure": settings, "device": self.device or "auto"}
+            nodes["latency"] = self._add("latency", latency_spec, (train, dataset), options)
+        resolved = {name: self._dump(section) for name, section in config}
+        return Cell(run_id, axes_label(cell.axes), cell.axes, resolved, nodes)
+
+    def _training(self, config: Config) -> tuple[str, str]:
+        """The nodes of the training and of the data set that holds the validation split; cells share most of them."""
+        key = (id(config.data), id(config.model), id(config.train))
+        if key not in self.trainings:
+            options = self._options(config, base_sampler=True)
+            train_data, val_data = self._datasets(config.data, options)
+            left_out = {*_TEST_FIELDS, *_IDENTITY_FIELDS, *FREE_FIELDS}
+            spec = {
+                "data": {k: v for k, v in self._dump(config.data).items() if k not in left_out},
+                "model": self._dump(config.model) | self._weights(config),
+                "train": {k: v for k, v in self._dump(config.train).items() if k not in FREE_FIELDS},
+            }
+            self.trainings[key] = self._add("train", spec, (train_data,), options), val_data
+        return self.trainings[key]
+
+    def _add(self, kind: NodeKind, spec: dict[str, Any], inputs: tuple[str, ...], options: dict[str, Any]) -> str:
+        node = Node(make_id(kind, spec, inputs), kind, inputs, spec, options)
+        return self.nodes.setdefault(node.id, node).id
+
+    def _dump(self, section: Any) -> dict[str, Any]:
+        if id(section) not in self.dumps:
+            self.dumps[id(section)] = section.model_dump(mode="json")
+        return self.dumps[id(section)]
+
+    def _options(self, config: Config, *, base_sampler: bool = False) -> dict[str, Any]:
+        data, model, train = self._dump(config.data), self._dump(config.model), self._dump(config.train)
+        paths = {name: str(self._file("data", name, data[name])) for name in _path_fields() if data[name] is not None}
+        if model["backbone_weights"] not in _WEIGHT_NAMES:
+            path = self._file("model", "backbone_weights", model["backbone_weights"])
+            model = model | {"backbone_weights": str(path)}
+        if self.num_workers is not None:
+            train = train | {"num_workers": self.num_workers}
+        sampler = self._dump(self.suite.base.sampler if base_sampler else config.sampler)
+        return {
+            "config": {"model": model, "sampler": sampler, "train": train, "data": data | paths},
+            "data_root": None if self.data_root is None else str(self.data_root.absolute()),
+            "device": self.device,
+        }
+
+    def _datasets(self, data: DataConfig, options: dict[str, Any]) -> tuple[str, str]:
+        """The nodes that hold the training and the validation split."""
+        if data.dataset == "shapes":
+            spec: dict[str, Any] = {"dataset": "shapes", "splits": ["train", "val"]}
+            spec |= {name: getattr(data, name) for name in _SHAPES_FIELDS}
+            # A list of ids restricts the generated images like any others.
+            spec |= {name: self._id_list(name, data) for name in _ID_LIST_FIELDS.values() if getattr(data, name)}
+            both = self._add("dataset", spec, (), options)
+            return both, both
+        found = []
+        for split, id_list in _ID_LIST_FIELDS.items():
+            spec = {"dataset": data.dataset, "splits": [split], "skip_invalid": data.skip_invalid}
+            if getattr(data, id_list) is not None:
+                spec["image_ids"] = self._id_list(id_list, data)
+            if data.dataset == "custom":
+                name = f"{split}_annotations"
+                spec["annotations"] = self._file_digest(self._file("data", name, getattr(data, name)))
+            found.append(self._add("dataset", spec, (), options))
+        return found[0], found[1]
+
+    def _weights(self, config: Config) -> dict[str, Any]:
+        """The content of a weights file instead of its path."""
+        weights = config.model.backbone_weights
+        if weights in _WEIGHT_NAMES:
+            return {}
+        return {"backbone_weights": self._file_digest(self._file("model", "backbone_weights", weights))}
+
+    def _id_list(self, name: str, data: DataConfig) -> str:
+        """Digest of the ids in a list, whatever their order; comments and empty lines do not count."""
+        path = self._file("data", name, getattr(data, name))
+        if path not in self.digests:
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SuiteError(
+                    f"{path}: not a readable text file with one image id a line", key=f"data.{name}"
+                ) from error
+            ids = {line.split("#", 1)[0].strip() for line in lines} - {""}
+            self.digests[path] = _digest(sorted(ids))
+        return self.digests[path]
+
+    def _file_digest(self, path: Path) -> str:
+        if path not in self.digests:
+            try:
+                with path.open("rb") as file:
+                    self.digests[path] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            except OSError as error:
+                raise SuiteError(f"{path}: cannot be read ({error.strerror})", file=self.suite.path) from error
+        return self.digests[path]
+
+    def _file(self, section: str, name: str, text: str) -> Path:
+        """What the suite names: an absolute path, or one below the data root, the suite's folder or the current one."""
+        if (name, text) not in self.files:
+            roots = [*([self.data_root] if self.data_root else []), self.suite.path.parent, Path()]
+            tried = list(dict.fromkeys((root / text).absolute() for root in roots))
+            found = next((path for path in tried if path.exists()), None)
+            if found is None:
+                places = ", ".join(str(path) for path in tried)
+                message = f"'{text}' does not exist. Tried {places}. Correct it, or give its folder with --data-root"
+                raise SuiteError(message, file=self.suite.path, key=f"{section}.{name}")
+            self.files[name, text] = found
+        return self.files[name, text]
+
+
+def _path_fields() -> tuple[str, ...]:
+    return (*CUSTOM_PATHS, *_ID_LIST_FIELDS.values())
+
+
+@dataclass(frozen=True)
+class PastNode:
+    """A node that was computed earlier, to estimate times and to explain what changed. duration_s: in seconds."""
+
+    kind: str
+    spec: Mapping[str, Any]
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """What `--plan` says of one node.
+
+    state: 'cached': stored already; 'unneeded': not stored, but all that would use it is. what: for people.
+    estimate_s: seconds it is likely to take, 0 if it does not run; None where nothing alike ever ran.
+    """
+
+    node: Node
+    state: Literal["run", "cached", "unneeded"]
+    what: str
+    why: str
+    estimate_s: float | None
+
+
+def needed_nodes(plan: Plan, is_done: Callable[[str], bool]) -> list[Node]:
+    """The nodes that have to run, in order: what cells end in and is not done, and what that needs and is not done.
+
+    A training whose predictions are all there is not needed, even if its checkpoint has been deleted.
+    """
+    done: dict[str, bool] = {}
+    needed: set[str] = set()
+    for cell in plan.cells:
+        used = {source for node_id in cell.nodes.values() for source in plan.nodes[node_id].inputs}
+        waiting = [node_id for node_id in cell.nodes.values() if node_id not in used]
+        while waiting:
+            node_id = waiting.pop()
+            if node_id not in done:
+                done[node_id] = is_done(node_id)
+            if not done[node_id] and node_id not in needed:
+                needed.add(node_id)
+                waiting += plan.nodes[node_id].inputs
+    return [node for node in plan.nodes.values() if node.id in needed]
+
+
+def describe_plan(plan: Plan, is_done: Callable[[str], bool], past: Sequence[PastNode] = ()) -> list[PlanLine]:
+    """What will run, what is cached, why, and for how long; in an order in which each node follows its inputs.
+
+    Args:
+        plan: the graph.
+        is_done: whether a node's result is stored.
+        past: nodes computed earlier, of this or of other suites.
+    """
+    labels: dict[str, list[Cell]] = {}
+    for cell in plan.cells:
+        for node_id in cell.nodes.values():
+            labels.setdefault(node_id, []).append(cell)
+    runs = {node.id for node in needed_nodes(plan, is_done)}
+    lines = []
+    for node in plan.nodes.values():
+        what = _what(node, labels.get(node.id, []))
+        if node.id not in runs:
+            if is_done(node.id):
+                lines.append(PlanLine(node, "cached", what, "stored under this id", 0.0))
+            else:
+                lines.append(PlanLine(node, "unneeded", what, "what would use it is stored", 0.0))
+            continue
+        waits = [source for source in node.inputs if source in runs]
+        why = f"waits for {waits[0]}" if waits else _why(node, past)
+        lines.append(PlanLine(node, "run", what, why, _estimate(node, past)))
+    return lines
+
+
+def _what(node: Node, cells: Sequence[Cell]) -> str:
+    config = node.options["config"]
+    data, train = config["data"], config["train"]
+    if node.kind == "dataset":
+        if data["dataset"] == "shapes":
+            counts = f"{data['shapes_train_images']} + {data['shapes_val_images']} images"
+            return f"shapes, {counts} of {data['shapes_image_size']} pixels"
+        return f"{data['dataset']}, {', '.join(node.spec['splits'])}"
+    if node.kind == "train":
+        size = f"{train['iterations']} iterations of {train['batch_size']} images"
+        return f"{config['model']['backbone']} on {data['dataset']}, {size}, seed {train['seed']}"
+    if len(cells) == 1:
+        return cells[0].label
+    return f"{cells[0].label} and {len(cells) - 1} more" if cells else ""
+
+
+def _why(node: Node, past: Sequence[PastNode]) -> str:
+    """Nothing is stored; what differs from the nearest of its kind, if that is little."""
+    changes = [
+        _changes(earlier.spec, node.spec)
+        for earlier in past
+        if earlier.kind == node.kind and earlier.spec.get("splits") == node.spec.get("splits")
+    ]
+    changes = [change for change in changes if change]
+    if not changes:
+        return "nothing stored"
+    nearest = min(changes, key=len)
+    if len(nearest) > 3:
+        return f"nothing stored ({len(nearest)} settings differ from the nearest)"
+    return f"nothing stored; nearest has {', '.join(nearest)}"
+
+
+def _changes(old: Any, new: Any, key: str = "") -> list[str]:
+    """'iterations 100 instead of 200' for every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted({*old, *new})
+        return [change for name in names for change in _changes(old.get(name), new.get(name), name)]
+    return [] if old == new else [f"{key} {axis_value_text(old)} instead of {axis_value_text(new)}"]
+
+
+def _estimate(node: Node, past: Sequence[PastNode]) -> float | None:
+    """Median over the earlier nodes that are alike, scaled by how much there is to do."""
+    durations = sorted(
+        earlier.duration_s * _work(node.spec) / _work(earlier.spec)
+        for earlier in past
+        if earlier.kind == node.kind and _likeness(earlier.spec) == _likeness(node.spec)
+    )
+    return durations[len(durations) // 2] if durations else None
+
+
+def _work(spec: Mapping[str, Any]) -> float:
+    """Grows with a node's time: iterations; for sampling, the boxes of all steps, and what is done once as 300 more."""
+    if "train" in spec:
+        return float(spec["train"]["iterations"])
+    if "sampler" in spec and "measure" not in spec:
+        return 300.0 + spec["sampler"]["sampling_steps"] * spec["sampler"]["num_proposals"]
+    return 1.0
+
+
+def _likeness(spec: Mapping[str, Any]) -> Any:
+    """What two nodes share for their times to be compared."""
+    if "train" in spec:
+        return [spec["model"], spec["data"], spec["train"]["batch_size"], spec["train"]["num_train_proposals"]]
+    return [spec.get(name) for name in ("data", "model", "dataset", "splits", "measure", "device")]
+
+
+def total_s(lines: Iterable[PlanLine]) -> tuple[float, int]:
+    """Seconds of the nodes that run and have an estimate, and how many have none."""
+    running = [line.estimate_s for line in lines if line.state == "run"]
+    return sum(seconds for seconds in running if seconds is not None), running.count(None)
+
+
+def duration_text(seconds: float) -> str:
+    """'12 s', '5 min', '3 h 20 min'."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,169 @@
+"""diffbench: tables and plots out of stored records. Needs neither the model nor the data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bench.errors import BenchError, SuiteError
+from bench.report.build import (
+    FOLDER,
+    TABLE_WRITERS,
+    Selection,
+    build_plots,
+    build_tables,
+    read_records,
+    select,
+    write_plots,
+    write_tables,
+)
+from diffinst.errors import DiffInstError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reports out of the records that run-suite wrote: the same records give the same bytes.",
+)
+
+SuiteArgument = Annotated[
+    str, typer.Argument(metavar="SUITE", help="a suite file, or a folder of results such as results/quickstart")
+]
+ResultsOption = Annotated[Path, typer.Option("--results", help="the results folder, for a suite file")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="as for run-suite")]
+OnlyOption = Annotated[str | None, typer.Option("--only", metavar="PATTERN", help="as for run-suite")]
+DataRootOption = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="as for run-suite")]
+MachineOption = Annotated[str | None, typer.Option("--machine", help="only this machine's records")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help=f"where the files go; default: {FOLDER}/ beside the records")
+]
+PrintOption = Annotated[
+    Literal["terminal", "md", "csv", "tex"] | None,
+    typer.Option("--print", help="print this format, exactly as the files have it, and write nothing"),
+]
+
+
+@app.command()
+def table(
+    suite: SuiteArgument,
+    results: ResultsOption = Path("results"),
+    overrides: SetOption = None,
+    only: OnlyOption = None,
+    data_root: DataRootOption = None,
+    machine: MachineOption = None,
+    out: OutOption = None,
+    print_format: PrintOption = None,
+) -> None:
+    """Write a suite's tables as Markdown, CSV and LaTeX, and show them."""
+    from rich.console import Console
+
+    from bench.report.tables import to_terminal
+
+    report = _Report(suite, results, machine, overrides or [], only, data_root)
+    for name, selection in report.selections.items():
+        tables = build_tables(selection.records, report.tables)
+        if print_format in TABLE_WRITERS:
+            sys.stdout.write("\n".join(TABLE_WRITERS[print_format](built) for built in tables.values()))
+            continue
+        _show(name, selection)
+        console = Console(highlight=False)
+        for built in tables.values():
+            console.print(to_terminal(built))
+        if print_format is None:
+            _list(write_tables(tables, report.folder(name, out)))
+
+
+@app.command()
+def plot(
+    suite: SuiteArgument,
+    results: ResultsOption = Path("results"),
+    overrides: SetOption = None,
+    only: OnlyOption = None,
+    data_root: DataRootOption = None,
+    machine: MachineOption = None,
+    out: OutOption = None,
+) -> None:
+    """Draw a suite's plots as PNG and SVG."""
+    report = _Report(suite, results, machine, overrides or [], only, data_root)
+    for name, selection in report.selections.items():
+        _show(name, selection)
+        _list(write_plots(build_plots(selection.records, report.plots), report.folder(name, out)))
+
+
+class _Report:
+    """The records that a command is about, by machine, and the tables and plots that its suite asks for."""
+
+    def __init__(
+        self,
+        suite: str,
+        results: Path,
+        machine: str | None,
+        overrides: list[str],
+        only: str | None,
+        data_root: Path | None,
+    ) -> None:
+        path = Path(suite)
+        cells = None
+        self.tables: list[object] = []
+        self.plots: list[object] = []
+        if path.suffix in {".yaml", ".yml"}:
+            from bench.plan import build_plan
+            from bench.suite import load_suite
+
+            loaded = load_suite(path, overrides)
+            cells = build_plan(loaded, only=only, data_root=data_root).cells
+            self.name, self.results = loaded.name, results
+            self.tables, self.plots = list(loaded.tables), list(loaded.plots)
+        elif overrides or only:
+            raise BenchError(f"--set and --only need a suite file; '{suite}' is none. Leave them out")
+        elif path.is_dir():
+            self.name, self.results = path.resolve().name, path.resolve().parent
+        else:
+            self.name, self.results = suite, results
+        found = read_records(self.results, self.name)
+        if machine is not None:
+            if machine not in found:
+                raise BenchError(f"--machine {machine}: no records. Allowed: {', '.join(found)}")
+            found = {machine: found[machine]}
+        self.several = len(found) > 1
+        self.selections = {name: select(records, cells) for name, records in found.items()}
+
+    def folder(self, machine: str, out: Path | None) -> Path:
+        """Beside the records, or under `out` (in a folder per machine where there are several)."""
+        if out is None:
+            return self.results / self.name / machine / FOLDER
+        return out / machine if self.several else out
+
+
+def _show(machine: str, selection: Selection) -> None:
+    typer.echo(f"machine {machine}")
+    for note in selection.notes:
+        typer.echo(f"note: {note}")
+
+
+def _list(paths: list[Path]) -> None:
+    for path in paths:
+        typer.echo(f"wrote {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a mistake of the user is printed as one line, or one line each, and gives 2."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="diffbench")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except SuiteError as error:
+        typer.echo(str(error), err=True)
+        return 2
+    except DiffInstError as error:
+        typer.echo(f"diffbench: {error}", err=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,542 @@
+"""A plan, node by node: each in a process of its own, each finished run turned into a record at once.
+
+A failure ends its node and what builds on it, nothing else. A kill at any moment, of this process too, leaves a store
+from which the same call goes on: complete nodes are reused, the others resumed or redone (see `bench.store`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from bench.display import Display
+from bench.errors import BenchError
+from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, machine_environment
+from bench.plan import Cell, Node, Plan
+from bench.record import Metric, NodeRun, RunRecord, metric, scrub
+from bench.store import NodeResult, Store
+from bench.suite import METRICS
+
+WORKER_COMMAND = (sys.executable, "-m", "bench.worker")
+
+# Whose process took the measurements of a run: the first of these that the run has.
+_MEASURING = ("latency", "predict", "score", "train", "dataset")
+_LOG_LINES = 40
+_LOG_CHARACTERS = 6000
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a node has no result. category: 'user' (bad input: its text is complete), 'memory', 'crash', 'killed'."""
+
+    node_id: str
+    reason: str
+    category: str
+    log: str
+
+
+@dataclass
+class RunOutcome:
+    """What became of a plan's cells.
+
+    ok, failed: run ids as they finished; a cell in neither was not finished because of an interrupt. executed: ids of
+    the nodes run now. records: run id -> record file. failures: node id -> why.
+    """
+
+    machine: str
+    ok: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    executed: list[str] = field(default_factory=list)
+    records: dict[str, Path] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """130 interrupted; 2 something failed on bad input; 1 something failed; 0 all is well."""
+        if self.interrupted:
+            return 130
+        if any(failure.category == "user" for failure in self.failures.values()):
+            return 2
+        return 1 if self.failed else 0
+
+
+def needed_nodes(plan: Plan, is_done: Callable[[str], bool]) -> list[Node]:
+    """The nodes that have to run, in order: what cells end in and is not done, and what that needs and is not done.
+
+    A training whose predictions are all there is not needed, even if its checkpoint has been deleted.
+    """
+    done: dict[str, bool] = {}
+    needed: set[str] = set()
+    for cell in plan.cells:
+        used = {source for node_id in cell.nodes.values() for source in plan.nodes[node_id].inputs}
+        waiting = [node_id for node_id in cell.nodes.values() if node_id not in used]
+        while waiting:
+            node_id = waiting.pop()
+            if node_id not in done:
+                done[node_id] = is_done(node_id)
+            if not done[node_id] and node_id not in needed:
+                needed.add(node_id)
+                waiting += plan.nodes[node_id].inputs
+    return [node for node in plan.nodes.values() if node.id in needed]
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    *,
+    command: Sequence[str] = ("run-suite",),
+    console: Console | None = None,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+    private: dict[str, str] | None = None,
+    grace_s: float = 30.0,
+) -> RunOutcome:
+    """Run what is not done yet and write the record of every finished run.
+
+    Args:
+        command: the command line as typed, for the records.
+        console: where progress goes; standard error by default.
+        worker_command: starts the process that runs nodes, see `bench.server`.
+        private: text -> mark for what records must not tell, such as {data root: '<data-root>'}; home, temporary
+            folder, this program's and the results folder, and the host's name are always replaced.
+        grace_s: after an interrupt, time for the running node to write its partial work; a second interrupt ends it.
+    Returns:
+        The outcome; failed nodes and an interrupt (SIGINT, SIGTERM) are part of it and raise nothing.
+    Raises:
+        StoreError: the results folder cannot be used. BenchError: the worker process cannot be started.
+    """
+    with store.lock(), _Interrupts() as interrupts:
+        environment = machine_environment()
+        runner = _Runner(plan, store, environment, command, _private_texts(store, private or {}))
+        todo = needed_nodes(plan, store.is_done)
+        screen = console or Console(stderr=True)
+        with Display(screen, len(todo)) as display, _Worker(worker_command, store, interrupts, grace_s) as worker:
+            runner.write_finished(display, unsettled={node.id for node in todo})
+            waiting = {node.id for node in todo}
+            for node in todo:
+                if interrupts.count:
+                    break
+                runner.run(node, worker, display)
+                waiting.discard(node.id)
+                if not interrupts.count or store.is_done(node.id):
+                    runner.write_finished(display, unsettled=waiting)
+        runner.outcome.interrupted = interrupts.count > 0
+        return runner.outcome
+
+
+class _Interrupts:
+    """Counts SIGINT and SIGTERM instead of dying of them, while it is entered; does nothing outside the main thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+
+class _WorkerGone(Exception):
+    """The worker process ended while it was needed."""
+
+
+@dataclass
+class _Ended:
+    """How a job ended. code: exit code, negative for a signal, None when the worker itself ended; error: its event."""
+
+    code: int | None
+    stopped: bool
+    error: dict[str, Any] | None
+
+
+class _Worker:
+    """The process that runs nodes; started when first needed, and again after it has ended."""
+
+    def __init__(self, command: Sequence[str], store: Store, interrupts: _Interrupts, grace_s: float) -> None:
+        self._command = command
+        self._log = store.nodes_folder / "worker.log"
+        self._interrupts = interrupts
+        self._grace_s = grace_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._running: int | None = None
+        self._buffer = b""
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is None:
+            return
+        if self._running is not None:  # an error of ours, not of the job: leave nothing behind
+            self._signal_job(signal.SIGKILL)
+        self._close()
+
+    def run(self, job: dict[str, Any], on_progress: Callable[[int, int, str], None]) -> _Ended:
+        """Run one job to its end.
+
+        Raises:
+            BenchError: the worker cannot be started.
+        """
+        error = None
+        asked_s: float | None = None
+        try:
+            if not self._ready():
+                return _Ended(None, stopped=True, error=None)
+            self._tell(job)
+            while True:
+                event = self._next_event(0.1)
+                if self._interrupts.count and self._running is not None:
+                    if asked_s is None:
+                        asked_s = time.monotonic()
+                        self._signal_job(signal.SIGTERM)
+                    elif self._interrupts.count > 1 or time.monotonic() - asked_s > self._grace_s:
+                        self._signal_job(signal.SIGKILL)
+                match event:
+                    case {"event": "started", "pid": int(pid)}:
+                        self._running = pid
+                    case {"event": "progress", "done": int(done), "total": int(total), "text": str(text)}:
+                        on_progress(done, total, text)
+                    case {"event": "error"}:
+                        error = event
+                    case {"event": "exited", "code": int(code)}:
+                        self._running = None
+                        return _Ended(code, stopped=asked_s is not None and code != 0, error=error)
+        except _WorkerGone:
+            self._running = None
+            self._close()
+            return _Ended(None, stopped=bool(self._interrupts.count), error=error)
+
+    def _ready(self) -> bool:
+        """Have a worker that listens; False when interrupted meanwhile."""
+        if self._process is not None:
+            return True
+        with self._log.open("ab") as log:
+            start = log.tell()
+            self._process = subprocess.Popen(
+                [*self._command, "--serve", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C in the terminal is for us; we pass it on
+                env={**WORKER_VARIABLES, **os.environ},
+            )
+        self._buffer = b""
+        try:
+            while not self._interrupts.count:
+                if self._next_event(0.1) is not None:
+                    return True
+        except _WorkerGone as gone:
+            self._close()
+            lines = self._log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "no message"
+            raise BenchError(f"the worker process cannot start: {last} (all of it: {self._log})") from gone
+        return False
+
+    def _tell(self, job: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        data = memoryview(json.dumps(job).encode() + b"\n")
+        try:
+            while data:
+                data = data[self._process.stdin.write(data) :]
+        except BrokenPipeError as error:
+            raise _WorkerGone from error
+
+    def _next_event(self, timeout_s: float) -> dict[str, Any] | None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if b"\n" not in self._buffer:
+            readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+            if not readable:
+                return None
+            chunk = self._process.stdout.read(65536)
+            if not chunk:
+                raise _WorkerGone
+            self._buffer += chunk
+            if b"\n" not in self._buffer:
+                return None
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def _signal_job(self, number: signal.Signals) -> None:
+        # The job leads a group of its own; only a kill goes to its helpers too, a request to stop is for the job.
+        assert self._running is not None
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                os.killpg(self._running, number)
+            else:
+                os.kill(self._running, number)
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+class _Runner:
+    """Runs nodes of one plan and keeps what is known of them."""
+
+    def __init__(
+        self, plan: Plan, store: Store, environment: dict[str, Any], command: Sequence[str], private: dict[str, str]
+    ) -> None:
+        self.outcome = RunOutcome(machine=environment["machine"])
+        self._plan = plan
+        self._store = store
+        self._environment = environment
+        self._command = " ".join(command)
+        self._private = private
+        self._written: set[str] = set()
+        self._labels = _node_labels(plan)
+
+    def run(self, node: Node, worker: _Worker, display: Display) -> None:
+        """Run one node unless one that it builds on has failed; note a failure."""
+        broken = [self.outcome.failures[source] for source in node.inputs if source in self.outcome.failures]
+        if broken:
+            self.outcome.failures[node.id] = broken[0]
+            display.node_dropped()
+            return
+        display.node_started(node.kind, self._labels[node.id])
+        folder = self._store.begin(node)
+        log = folder / "log.txt"
+        log_start = log.stat().st_size if log.exists() else 0
+        start, oom_kills = time.monotonic(), _oom_kills()
+        ended = worker.run(self._job(node, folder, log), display.node_progress)
+        self.outcome.executed.append(node.id)
+        if self._store.is_done(node.id):
+            display.node_finished(f"{time.monotonic() - start:.1f} s")
+        elif ended.stopped:
+            display.node_finished("stopped, goes on from here next time")
+        else:
+            category, reason = _reason(ended, out_of_memory=_oom_kills() > oom_kills)
+            reason = f"{node.kind}: {reason}"
+            self.outcome.failures[node.id] = Failure(node.id, reason, category, _log_tail(log, log_start))
+            display.node_finished(f"failed: {reason.removeprefix(f'{node.kind}: ')} (log: {log})", failed=True)
+
+    def _job(self, node: Node, folder: Path, log: Path) -> dict[str, Any]:
+        inputs = []
+        for source in _ancestors(self._plan, node):
+            # One that is not done is one that nobody needs any more, see `needed_nodes`.
+            if (done := self._store.result(source.id)) is not None:
+                inputs.append(
+                    {
+                        "id": source.id,
+                        "kind": source.kind,
+                        "folder": str(self._store.folder(source.id).resolve()),
+                        "spec": source.spec,
+                        "outputs": done.outputs,
+                    }
+                )
+        content = {"id": node.id, "kind": node.kind, "inputs": node.inputs, "spec": node.spec, "options": node.options}
+        return {
+            "node": content,
+            "folder": str(folder.resolve()),
+            "log": str(log.resolve()),
+            "inputs": inputs,
+            "environment": self._environment,
+        }
+
+    def write_finished(self, display: Display, unsettled: set[str]) -> None:
+        """Write the records of all runs none of whose nodes is still to be run (in `unsettled`).
+
+        Each run is written once; a run with a failed node is recorded as failed.
+        """
+        for cell in self._plan.cells:
+            if cell.run_id in self._written or unsettled & set(cell.nodes.values()):
+                continue
+            self._written.add(cell.run_id)
+            record, machine = self._record(cell)
+            change = self._store.write_record(record, machine)
+            self.outcome.records[cell.run_id] = self._store.record_path(record.suite, machine, record.run_id)
+            (self.outcome.ok if record.status == "ok" else self.outcome.failed).append(cell.run_id)
+            if record.status != "ok":
+                display.line(f"failed  {cell.label}: {record.reason}", "bold red")
+            elif change != "same":
+                display.line(f"ok      {cell.label}{_headline(record)}", "green")
+
+    def _record(self, cell: Cell) -> tuple[RunRecord, str]:
+        results = {kind: done for kind, node_id in cell.nodes.items() if (done := self._store.result(node_id))}
+        failures = [self.outcome.failures[node] for node in cell.nodes.values() if node in self.outcome.failures]
+        environment = next((results[kind].environment for kind in _MEASURING if kind in results), self._environment)
+        if failures:
+            environment = self._environment
+        outputs = [done.outputs for done in results.values()]
+        content = {
+            "suite": self._plan.suite_name,
+            "run_id": cell.run_id,
+            "label": cell.label,
+            "status": "failed" if failures else "ok",
+            "reason": failures[0].reason if failures else None,
+            "axes": cell.axes,
+            "config": cell.config,
+            "nodes": dict(cell.nodes),
+            "node_runs": {kind: _node_run(done) for kind, done in results.items()},
+            "metrics": _metrics(cell, outputs, failed=bool(failures)),
+            "samples": {name: value for part in outputs for name, value in part.get("samples", {}).items()},
+            "per_class": {name: value for part in outputs for name, value in part.get("per_class", {}).items()},
+            "environment": environment,
+            "command": self._command,
+            "started_at": min((done.started_at for done in results.values()), default=None),
+            "finished_at": max((done.finished_at for done in results.values()), default=None),
+            "duration_s": round(sum(done.duration_s for done in results.values()), 3) if results else None,
+            "log": failures[0].log if failures else None,
+        }
+        record = RunRecord.model_validate(content)
+        return RunRecord.model_validate(scrub(record.model_dump(), self._private)), environment["machine"]
+
+
+def _metrics(cell: Cell, outputs: Sequence[dict[str, Any]], *, failed: bool) -> dict[str, Metric]:
+    """All that the nodes measured, and for what else there is to measure the reason why it was not."""
+    found = {name: Metric(**value) for part in outputs for name, value in part.get("metrics", {}).items()}
+    for name, setting in METRICS.items():
+        if name not in found:
+            has_node = ("score" if setting == "score" else "latency") in cell.nodes
+            found[name] = metric(name, None, "the run failed" if failed and has_node else "not asked for")
+    return found
+
+
+def _node_run(done: NodeResult) -> NodeRun:
+    environment = done.environment
+    return NodeRun(
+        started_at=done.started_at,
+        duration_s=done.duration_s,
+        attempts=done.attempts,
+        commit=environment.get("commit"),
+        dirty=environment.get("dirty"),
+    )
+
+
+def _ancestors(plan: Plan, node: Node) -> Iterator[Node]:
+    """What a node builds on, nearest first."""
+    seen: set[str] = set()
+    waiting = list(node.inputs)
+    while waiting:
+        source = plan.nodes[waiting.pop(0)]
+        if source.id not in seen:
+            seen.add(source.id)
+            waiting += source.inputs
+            yield source
+
+
+def _node_labels(plan: Plan) -> dict[str, str]:
+    """Node id -> the axis values that all its runs share, or its id when it has none."""
+    users: dict[str, list[Cell]] = {}
+    for cell in plan.cells:
+        for node_id in cell.nodes.values():
+            users.setdefault(node_id, []).append(cell)
+    labels = {}
+    for node_id in plan.nodes:
+        cells = users.get(node_id, [])
+        if len(cells) == 1:
+            labels[node_id] = cells[0].label
+            continue
+        first = cells[0].axes if cells else {}
+        shared = [name for name, value in first.items() if all(cell.axes.get(name) == value for cell in cells)]
+        text = " ".join(f"{name}={first[name]}" for name in shared)
+        labels[node_id] = f"{text} (for {len(cells)} runs)".strip() if cells else node_id
+    return labels
+
+
+def _headline(record: RunRecord) -> str:
+    for name in ("segm/AP", "bbox/AP"):
+        metric = record.metrics.get(name)
+        if metric is not None and metric.value is not None:
+            return f"  {name} {metric.value:.4f}"
+    return ""
+
+
+def _reason(ended: _Ended, *, out_of_memory: bool) -> tuple[str, str]:
+    """(category, one line) for a node that ended without a result."""
+    if ended.error is not None:
+        category, kind = ended.error["category"], ended.error["type"]
+        # TrainingError is about what happened, not about what was typed: it fails the run, not the command.
+        return ("crash" if kind == "TrainingError" else category), ended.error["text"]
+    if ended.code is None:
+        return "killed", "the worker process ended" + (": the kernel ran out of memory" if out_of_memory else "")
+    if ended.code == -signal.SIGKILL:
+        if out_of_memory:
+            return "memory", "out of memory: killed by the kernel (SIGKILL)"
+        return "killed", "killed (SIGKILL); most often this is the kernel short of memory"
+    if ended.code < 0:
+        return "crash", f"crashed with {signal.Signals(-ended.code).name}"
+    return "crash", f"ended with exit code {ended.code} and no result"
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for memory so far, on this machine and in our control group."""
+    files = [Path("/proc/vmstat")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::"):
+                files.append(Path("/sys/fs/cgroup") / line[3:].lstrip("/") / "memory.events")
+    total = 0
+    for file in files:
+        with contextlib.suppress(OSError):
+            found = re.search(r"^oom_kill (\d+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            total += int(found[1]) if found else 0
+    return total
+
+
+def _log_tail(path: Path, start: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-_LOG_LINES:])[-_LOG_CHARACTERS:]
+
+
+def _private_texts(store: Store, private: dict[str, str]) -> dict[str, str]:
+    found = {
+        str(SOURCE_ROOT): "<source>",
+        sys.prefix: "<python>",
+        sys.base_prefix: "<python>",
+        tempfile.gettempdir(): "<tmp>",
+        str(Path.cwd()): ".",
+        str(Path.home()): "~",
+        **{os.environ[name]: f"${name}" for name in ("DIFFINST_DATASETS", "DIFFINST_CACHE") if os.environ.get(name)},
+        str(store.root.resolve()): "<results>",
+        **private,
+    }
+    host = socket.gethostname()
+    if len(host) >= 4 and host != "localhost":
+        found[host] = "<host>"
+    return {text: mark for text, mark in found.items() if len(text) > 1}

@@ -1,0 +1,211 @@
+"""One run's record: what was run, on what, with which result. A JSON file that stands alone and is read for years.
+
+A record says `ok`, `failed` (with a reason and the end of the log) or `skipped` (with a reason); a missing record is a
+missing file. What was not measured is null with a reason, never 0. Records hold no host names, user names or machine
+paths: `scrub` takes them out before writing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bench.errors import RecordError
+
+SCHEMA_VERSION: Final = 1
+
+# From an older schema version to the next one; each takes and returns the parsed JSON. None needed yet.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Status = Literal["ok", "failed", "skipped"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metric(_Part):
+    """One number with its unit and direction; `value` is None exactly when `reason` says why there is none.
+
+    unit: 'fraction', 's', 'bytes', 'FLOP', ... higher_is_better: None where neither direction is better.
+    """
+
+    value: FiniteFloat | None
+    unit: str
+    higher_is_better: bool | None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _reason_for_nothing(self) -> Self:
+        if (self.value is None) != (self.reason is not None):
+            raise ValueError("a metric has either a value or a reason why it has none")
+        return self
+
+
+# First part of a metric's name, or the whole -> unit, and whether more is better.
+_UNITS: dict[str, tuple[str, bool | None]] = {
+    "segm": ("fraction", True),
+    "bbox": ("fraction", True),
+    "latency_s": ("s", False),
+    "peak_memory_bytes": ("bytes", False),
+    "num_parameters": ("parameters", False),
+    "flops": ("FLOP", False),
+    "num_images": ("images", None),
+    "num_instances": ("instances", None),
+}
+
+
+def metric(name: str, value: float | None, reason: str | None = None) -> Metric:
+    """A metric with the unit and direction that belong to its name; `reason` counts only where there is no value.
+
+    Raises:
+        KeyError: no unit is known for the name.
+    """
+    unit, higher_is_better = _UNITS[name.split("/")[0]]
+    why = None if value is not None else reason or "not measured"
+    return Metric(value=value, unit=unit, higher_is_better=higher_is_better, reason=why)
+
+
+class NodeRun(_Part):
+    """When and from which source a node of this run was computed (it may be shared with other runs, and older).
+
+    attempts: how often it was started, the finishing attempt included; duration_s is that of the last attempt only.
+    """
+
+    started_at: str
+    duration_s: FiniteFloat
+    attempts: int
+    commit: str | None
+    dirty: bool | None
+
+
+class RunRecord(_Part):
+    """One row of a suite's table. Times are UTC, ISO 8601; durations are in seconds.
+
+    nodes: node kind -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit
+    that ends the name ('latency_s'). per_class: metric name -> class name -> value. environment: of the process that
+    took the measurements. duration_s: sum over the run's nodes. log: the end of the failed node's log, if one failed.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    suite: str
+    run_id: str
+    label: str
+    status: Status
+    reason: str | None = None
+    axes: dict[str, Any]
+    config: dict[str, Any]
+    nodes: dict[str, str]
+    node_runs: dict[str, NodeRun] = {}
+    metrics: dict[str, Metric] = {}
+    samples: dict[str, dict[str, list[FiniteFloat]]] = {}
+    per_class: dict[str, dict[str, FiniteFloat | None]] = {}
+    environment: dict[str, Any] = {}
+    command: str
+    started_at: str | None
+    finished_at: str | None
+    duration_s: FiniteFloat | None
+    log: str | None = None
+
+    @model_validator(mode="after")
+    def _reason_for_failure(self) -> Self:
+        if (self.status == "ok") != (self.reason is None):
+            raise ValueError("a record that is not 'ok' says why, and one that is 'ok' has no reason")
+        return self
+
+    def same_result(self, other: RunRecord) -> bool:
+        """Whether both give the same numbers for the same run, whatever command line asked for it, and whenever."""
+        ignored = {"command", "node_runs", "started_at", "finished_at", "duration_s", "log", "environment"}
+        return self.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
+
+
+def dump_record(record: RunRecord) -> str:
+    """The record as JSON text, keys in the order of the fields, one line per list of numbers."""
+    content = record.model_dump(mode="json")
+    for entry in content["metrics"].values():
+        if entry["reason"] is None:
+            del entry["reason"]
+    return dump_json(content)
+
+
+def load_record(path: Path) -> RunRecord:
+    """Read one record file.
+
+    Raises:
+        RecordError: the file is unreadable, not a record, or of a schema version this program does not know.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: not valid JSON ({error}). Restore the file or delete it and run again") from error
+    return parse_record(content, str(path))
+
+
+def parse_record(content: Any, source: str) -> RunRecord:
+    """A record from parsed JSON; `source` names it in errors. Older schema versions are upgraded, newer ones refused.
+
+    Raises:
+        RecordError: see `load_record`.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+        raise RecordError(f"{source}: not a run record (no schema_version)")
+    while content["schema_version"] in UPGRADES:
+        content = UPGRADES[content["schema_version"]](content)
+    version = content["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise RecordError(
+            f"{source}: schema version {version}, but this program reads up to {SCHEMA_VERSION}. "
+            "Use the program version that wrote it, or a newer one"
+        )
+    try:
+        return RunRecord.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise RecordError(f"{source}: {place}: {first['msg']}. Restore the file or delete it and run again") from error
+
+
+# A line break inside a list of numbers; JSON strings hold no line breaks, so no string is ever touched.
+_NUMBER_LIST = re.compile(r"\[\n\s*([-+0-9.eE]+(?:,\s+[-+0-9.eE]+)*)\s+\]")
+
+
+def dump_json(content: Any) -> str:
+    """JSON for people and for diffs: indented, lists of numbers on one line, a final line break; NaN is refused."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return _NUMBER_LIST.sub(lambda match: "[" + re.sub(r",\s+", ", ", match[1]) + "]", text) + "\n"
+
+
+# An absolute POSIX path of at least two parts that is no part of a word, of a URL or of a relative path.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w./<>~-])/(?:[^\s/'\"`,;:()<>|]+/)+([^\s/'\"`,;:()<>|]*)")
+
+
+def scrub(value: Any, replacements: Mapping[str, str]) -> Any:
+    """A copy of JSON-able `value` in which no string, keys included, tells the machine.
+
+    Args:
+        replacements: text -> what stands for it, such as {'/home/ann/coco': '<data-root>', 'ann-laptop': '<host>'};
+            longer texts go first. Every absolute path left after that keeps its last part only: '<path>/last'.
+    """
+    ordered = sorted(((text, mark) for text, mark in replacements.items() if text), key=lambda pair: -len(pair[0]))
+    patterns = [(re.compile(rf"(?<![\w.-]){re.escape(text)}(?![\w-])"), mark) for text, mark in ordered]
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, str):
+            for pattern, mark in patterns:
+                item = pattern.sub(mark.replace("\\", r"\\"), item)
+            return _ABSOLUTE_PATH.sub(lambda match: f"<path>/{match[1]}", item)
+        if isinstance(item, Mapping):
+            return {clean(key): clean(entry) for key, entry in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [clean(entry) for entry in item]
+        return item
+
+    return clean(value)

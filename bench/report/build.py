@@ -1,0 +1,199 @@
+"""A suite's report: which records belong to it, its tables and plots as files; the same records give the same bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.errors import RecordError, StoreError
+from bench.plan import Cell
+from bench.report.cells import (
+    Record,
+    bare,
+    latest,
+    metric_names,
+    sort_records,
+    varying_axes,
+)
+from bench.report.plots import build_plot, render
+from bench.report.tables import Table, grid_table, long_table, to_csv, to_latex, to_markdown
+from bench.store import Store
+
+TABLE_WRITERS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
+FOLDER = "report"  # beside the records it is made of
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The records of one machine in table order, and what was left out of them, in words."""
+
+    records: tuple[Record, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_records(results: Path, suite: str) -> dict[str, list[Record]]:
+    """The current records of a suite by machine, machines in order of name.
+
+    Raises:
+        RecordError: there are none, or one is unreadable.
+    """
+    folder = results / suite
+    machines = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found: dict[str, list[Record]] = {}
+    for machine in machines:
+        records = Store(results).records(suite, machine)
+        if records:
+            found[machine] = [record.model_dump(mode="json") for record in records]
+    if not found:
+        known = sorted(path.name for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
+        suites = [name for name in known if not name.startswith(".")]
+        raise RecordError(
+            f"{folder}: no records. "
+            + (f"Suites with results in {results}: {', '.join(suites)}" if suites else "Run run-suite first")
+        )
+    return found
+
+
+def select(records: Sequence[Record], cells: Sequence[Cell] | None) -> Selection:
+    """The records of the planned cells in plan order, 'missing' where there is none; without a plan, all records.
+
+    Without a plan, of several records of one cell the latest is kept: the others are of other versions of the suite.
+    """
+    if cells is None:
+        kept, dropped = latest(sort_records(records))
+        notes = (f"{_count(dropped, 'older record')} of the same cells left out",) if dropped else ()
+        return Selection(tuple(kept), notes)
+    by_id = {record["run_id"]: record for record in records}
+    suite = records[0]["suite"] if records else ""
+    chosen = [by_id.get(cell.run_id) or _missing(cell, suite) for cell in cells]
+    others = len(by_id.keys() - {cell.run_id for cell in cells})
+    notes = (f"{_count(others, 'record')} of other versions or settings of this suite left out",) if others else ()
+    return Selection(tuple(chosen), notes)
+
+
+def build_tables(records: Sequence[Record], specs: Iterable[Any] = ()) -> dict[str, Table]:
+    """File stem -> table, one for each entry of a suite's `tables:`; without any, those of `default_tables`."""
+    tables: dict[str, Table] = {}
+    for spec in _as_dicts(specs) or default_tables(records):
+        title = spec.get("title")
+        if spec.get("kind", "grid") == "long":
+            tables[_unused("cells", tables)] = long_table(records, metrics=spec.get("metrics") or (), title=title)
+            continue
+        rows, columns, metric = spec["rows"], spec["columns"], spec["metric"]
+        stem = _unused(_slug(f"{metric}-by-{bare(rows)}-and-{bare(columns)}"), tables)
+        tables[stem] = grid_table(records, rows=rows, columns=columns, metric=metric, title=title)
+    return tables
+
+
+def build_plots(records: Sequence[Record], specs: Iterable[Any] = ()) -> dict[str, dict[str, bytes]]:
+    """File stem -> {'png': ..., 'svg': ...}, one for each entry of a suite's `plots:`, by default of `default_plots`.
+
+    Raises:
+        RecordError: a plot would have too many panels.
+    """
+    plots: dict[str, dict[str, bytes]] = {}
+    for position, spec in enumerate(_as_dicts(specs) or default_plots(records)):
+        x, y = spec["x"], spec["y"]
+        try:
+            plot = build_plot(records, x=x, y=y, lines=spec.get("lines"), title=spec.get("title"))
+        except ValueError as error:
+            raise RecordError(f"plots[{position}]: {error}") from error
+        plots[_unused(_slug(f"{y}-against-{bare(x)}"), plots)] = render(plot)
+    return plots
+
+
+def default_tables(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A grid of the first metric over the last two varying axes, if there are two, and all cells in a long table."""
+    axes, metric = varying_axes(records), _main_metric(records)
+    grids = [{"rows": axes[-1], "columns": axes[-2], "metric": metric}] if len(axes) > 1 and metric else []
+    return [*grids, {"kind": "long"}]
+
+
+def default_plots(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The main metric against the first varying axis and against latency, one line per value of the last one."""
+    axes, metric = varying_axes(records), _main_metric(records)
+    if not axes or not metric:
+        return []
+    lines = axes[-1] if len(axes) > 1 else None
+    plots: list[dict[str, Any]] = [{"x": axes[0], "y": metric, "lines": lines}]
+    if "latency_s/total" in metric_names(records):
+        plots.append({"x": "latency_s/total", "y": metric, "lines": lines})
+    return plots
+
+
+def write_tables(tables: Mapping[str, Table], folder: Path) -> list[Path]:
+    """Write every table as Markdown, CSV and LaTeX into `folder`; a file that says the same already is left alone."""
+    files = {
+        f"{stem}.{ending}": writer(table) for stem, table in tables.items() for ending, writer in TABLE_WRITERS.items()
+    }
+    return _write({name: text.encode() for name, text in files.items()}, folder)
+
+
+def write_plots(plots: Mapping[str, Mapping[str, bytes]], folder: Path) -> list[Path]:
+    """Write every plot as PNG and SVG into `folder`; a file that says the same already is left alone."""
+    return _write({f"{stem}.{ending}": data for stem, kinds in plots.items() for ending, data in kinds.items()}, folder)
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != data:
+                temporary = path.with_name(f".{name}.tmp")
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            paths.append(path)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error.strerror}). Choose another folder with --out") from error
+    return paths
+
+
+def _missing(cell: Cell, suite: str) -> Record:
+    return {
+        "suite": suite,
+        "run_id": cell.run_id,
+        "label": cell.label,
+        "status": "missing",
+        "axes": dict(cell.axes),
+        "config": cell.config,
+        "metrics": {},
+    }
+
+
+def _main_metric(records: Sequence[Record]) -> str | None:
+    known = metric_names(record for record in records if record.get("status") == "ok") or metric_names(records)
+    measured = {
+        name
+        for record in records
+        for name, entry in record.get("metrics", {}).items()
+        if entry.get("value") is not None
+    }
+    for name in ("segm/AP", "bbox/AP"):
+        if name in measured:
+            return name
+    return next((name for name in known if name in measured), None)
+
+
+def _as_dicts(specs: Iterable[Any]) -> list[dict[str, Any]]:
+    """Entries of a suite as dictionaries, whether they are that already or pydantic models."""
+    return [dict(spec) if isinstance(spec, Mapping) else spec.model_dump(exclude_none=True) for spec in specs]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")
+
+
+def _unused(stem: str, taken: Iterable[str]) -> str:
+    names, number = set(taken), 1
+    while (candidate := stem if number == 1 else f"{stem}-{number}") in names:
+        number += 1
+    return candidate
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

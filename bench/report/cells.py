@@ -1,0 +1,201 @@
+"""Records -> cells: which axes vary, which runs repeat each other, and what is known of a metric in a cell.
+
+A record here is the plain JSON object of `bench.record.RunRecord`; the functions read it and change nothing. Where a
+plan is known, a cell without a record is passed as an object with status 'missing', its axes and its configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bench.report.metrics import axis_text
+
+Record = Mapping[str, Any]
+State = Literal["ok", "failed", "skipped", "missing", "unmeasured", "absent"]
+
+# States that have to be told; 'absent' is a combination of axis values that the suite does not ask for.
+STATES: tuple[State, ...] = ("failed", "skipped", "missing", "unmeasured")
+STATE_TEXT: dict[State, str] = {
+    "failed": "failed",
+    "skipped": "skipped",
+    "missing": "missing",
+    "unmeasured": "not measured",
+    "absent": "not in the suite",
+}
+# Runs that differ in these axes only repeat one measurement; a cell shows their mean and standard deviation.
+REPEAT_AXES = ("seed", "eval_seed")
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one metric in one cell, in the record's unit.
+
+    mean: over the runs that measured it; None in every state but 'ok'. spread: sample standard deviation, None for one.
+    low, high: mean 5th and 95th percentile, where the records have them. count of `total` runs measured it.
+    reason: why it is not there, from the record, in one line.
+    """
+
+    state: State
+    mean: float | None = None
+    spread: float | None = None
+    low: float | None = None
+    high: float | None = None
+    count: int = 0
+    total: int = 0
+    reason: str = ""
+
+
+def bare(name: str) -> str:
+    """'sampler.num_proposals' -> 'num_proposals'; field names are unique over the sections."""
+    return name.rpartition(".")[2]
+
+
+def axes_of(record: Record) -> dict[str, Any]:
+    """The record's axes under bare names, in their order; lists become tuples and mappings text, to be hashable."""
+    return {bare(name): _hashable(value) for name, value in record.get("axes", {}).items()}
+
+
+def axis_value(record: Record, name: str) -> Any:
+    """The value of axis or configuration field `name` in a record; None where the record does not have it."""
+    axes = axes_of(record)
+    if bare(name) in axes:
+        return axes[bare(name)]
+    for section in record.get("config", {}).values():
+        if isinstance(section, Mapping) and bare(name) in section:
+            return _hashable(section[bare(name)])
+    return None
+
+
+def metric_names(records: Iterable[Record]) -> list[str]:
+    """Every metric name in the records, in order of first appearance, measured or not."""
+    return list(dict.fromkeys(name for record in records for name in record.get("metrics", {})))
+
+
+def is_metric(records: Iterable[Record], name: str) -> bool:
+    """Does a suite mean a metric by `name`? Metrics have a slash or stand in the records."""
+    return "/" in name or name in metric_names(records)
+
+
+def ordered(values: Iterable[Any]) -> list[Any]:
+    """Distinct values, numbers rising; anything else in order of first appearance."""
+    distinct = list(dict.fromkeys(values))
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
+        return sorted(distinct)
+    return distinct
+
+
+def varying_axes(records: Sequence[Record]) -> list[str]:
+    """Axes with more than one value over the records, repeats (seeds) left out, in the order of the records' axes."""
+    names = dict.fromkeys(name for record in records for name in axes_of(record) if name not in REPEAT_AXES)
+    return [name for name in names if len({axis_value(record, name) for record in records}) > 1]
+
+
+def latest(records: Sequence[Record]) -> tuple[list[Record], int]:
+    """One record per cell: of several with the same axes, seeds included, the one that started last.
+
+    Such records come from two versions of a suite, or of the code; averaging them would mix two experiments.
+
+    Returns:
+        The records kept, in their order, and how many were left out.
+    """
+    newest: dict[tuple[tuple[str, Any], ...], Record] = {}
+    for record in records:
+        key = tuple(sorted(axes_of(record).items(), key=lambda item: item[0]))
+        held = newest.get(key)
+        if held is None or _age(record) > _age(held):
+            newest[key] = record
+    kept = {id(record) for record in newest.values()}
+    return [record for record in records if id(record) in kept], len(records) - len(newest)
+
+
+def sort_records(records: Iterable[Record]) -> list[Record]:
+    """Records in the order of their axes' values (numbers as numbers), whatever order the files were read in."""
+
+    def key(record: Record) -> tuple[Any, ...]:
+        values = [_sort_key(value) for value in axes_of(record).values()]
+        return (*values, (2, 0.0, str(record.get("run_id", ""))))
+
+    return sorted(records, key=key)
+
+
+def group_by(records: Sequence[Record], names: Sequence[str]) -> dict[tuple[Any, ...], list[Record]]:
+    """Records by their values of the axes `names`."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(axis_value(record, name) for name in names), []).append(record)
+    return groups
+
+
+def value_of(records: Sequence[Record], metric: str) -> Value:
+    """What the runs of one cell (they differ in seeds only) say about `metric`; no runs at all is 'absent'."""
+    if not records:
+        return Value("absent")
+    numbers = [number for record in records if (number := _number(record, metric)) is not None]
+    if numbers:
+        lows, highs = ([_number(record, f"{metric}/{end}") for record in records] for end in ("p5", "p95"))
+        return Value(
+            "ok",
+            mean=statistics.fmean(numbers),
+            spread=statistics.stdev(numbers) if len(numbers) > 1 else None,
+            low=_mean(lows),
+            high=_mean(highs),
+            count=len(numbers),
+            total=len(records),
+        )
+    # With nothing measured, the gravest state speaks for the cell.
+    for state in STATES:
+        for record in records:
+            status = record.get("status", "missing")
+            if state == status or (state == "unmeasured" and status == "ok"):
+                return Value(state, total=len(records), reason=_reason(record, metric))
+    raise ValueError(f"record {records[0].get('run_id')}: unknown status {records[0].get('status')!r}")
+
+
+def unit_of(records: Iterable[Record], metric: str) -> str:
+    """The unit that the records give for `metric`; '' where none does."""
+    for record in records:
+        entry = record.get("metrics", {}).get(metric)
+        if entry and entry.get("unit"):
+            return str(entry["unit"])
+    return ""
+
+
+def _number(record: Record, metric: str) -> float | None:
+    if record.get("status") != "ok":
+        return None
+    value = record.get("metrics", {}).get(metric, {}).get("value")
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _reason(record: Record, metric: str) -> str:
+    entry = record.get("metrics", {}).get(metric, {})
+    text = entry.get("reason") if record.get("status") == "ok" else record.get("reason")
+    lines = str(text or "").strip().splitlines()
+    if lines:
+        return lines[0].strip()
+    return "no reason recorded" if record.get("status") != "missing" else "no record yet"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
+def _age(record: Record) -> tuple[str, str]:
+    return str(record.get("started_at") or ""), str(record.get("run_id") or "")
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return axis_text(value)
+    return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _sort_key(value: Any) -> tuple[int, float, str]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0, float(value), ""
+    return 1, 0.0, str(value)

@@ -1,0 +1,99 @@
+"""The conditions under which records were measured, as short phrases for captions: numbers never stand without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bench.report.cells import REPEAT_AXES, Record, axis_value, varying_axes
+from bench.report.metrics import axis_label, axis_text
+
+
+def conditions(records: Sequence[Record]) -> tuple[str, ...]:
+    """Suite, data, model, fixed settings, machine, software; what differs between the records is listed, not hidden."""
+    phrases = [
+        _each(records, "suite", lambda record: record.get("suite")),
+        _each(records, "", _data),
+        _each(records, "", _model),
+        _each(records, "", _training),
+        *_fixed_axes(records),
+        _each(records, "", _machine),
+        _each(records, "", _software),
+        _each(records, "commit", _commit),
+    ]
+    return tuple(phrase for phrase in phrases if phrase)
+
+
+def _each(records: Sequence[Record], name: str, read: Callable[[Record], Any]) -> str:
+    values = list(dict.fromkeys(str(value) for record in records if (value := read(record))))
+    if not values:
+        return ""
+    shown = " / ".join(values[:3]) + (f" / {len(values) - 3} more" if len(values) > 3 else "")
+    return f"{name} {shown}".strip()
+
+
+def _section(record: Record, name: str) -> Mapping[str, Any]:
+    section = record.get("config", {}).get(name, {})
+    return section if isinstance(section, Mapping) else {}
+
+
+def _varies(record: Record, name: str) -> bool:
+    return any(axis.rpartition(".")[2] == name for axis in record.get("axes", {}))
+
+
+def _data(record: Record) -> str | None:
+    section = _section(record, "data")
+    if "dataset" not in section or _varies(record, "dataset"):
+        return None
+    text = f"data {section['dataset']}"
+    if section["dataset"] == "shapes" and "shapes_val_images" in section:
+        text += f", {section['shapes_val_images']} validation images of {section.get('shapes_image_size')} px"
+    if section.get("class_agnostic"):
+        text += ", class-agnostic"
+    return text
+
+
+def _model(record: Record) -> str | None:
+    section = _section(record, "model")
+    if "backbone" not in section or _varies(record, "backbone"):
+        return None
+    stages = section.get("num_stages")
+    return f"backbone {section['backbone']}" + (f", {stages} stages" if stages else "")
+
+
+def _training(record: Record) -> str | None:
+    section = _section(record, "train")
+    if not {"iterations", "batch_size"} <= set(section) or _varies(record, "iterations"):
+        return None
+    return f"{section['iterations']:,} iterations of batch {section['batch_size']}".replace(",", " ")
+
+
+def _fixed_axes(records: Sequence[Record]) -> list[str]:
+    varying = {*varying_axes(records), *REPEAT_AXES}
+    names = dict.fromkeys(axis.rpartition(".")[2] for record in records for axis in record.get("axes", {}))
+    fixed = [name for name in names if name not in varying]
+    return [f"{axis_label(name)} {axis_text(axis_value(records[0], name))}" for name in fixed]
+
+
+def _machine(record: Record) -> str | None:
+    environment = record.get("environment", {})
+    cpu = environment.get("cpu")
+    if not isinstance(cpu, Mapping) or not cpu.get("model"):
+        return None
+    text = f"{cpu['model']}, {cpu.get('usable_cores', '?')} cores"
+    device = environment.get("device_name")
+    return f"{device} ({text})" if device else text
+
+
+def _software(record: Record) -> str | None:
+    environment = record.get("environment", {})
+    version = environment.get("torch") or environment.get("packages", {}).get("torch")
+    return f"torch {version}" if version else None
+
+
+def _commit(record: Record) -> str | None:
+    environment = record.get("environment", {})
+    commit = environment.get("commit")
+    if not commit:
+        return None
+    return f"{str(commit)[:10]}{' with uncommitted changes' if environment.get('dirty') else ''}"

@@ -1,0 +1,441 @@
+"""Tables out of records: a `Table` is built once, then written as Markdown, CSV, LaTeX or for the terminal.
+
+Pure functions: the same records give the same text. AP is shown x100; failed, skipped, missing and not measured are
+four different entries, and every one is explained below the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bench.report.cells import (
+    REPEAT_AXES,
+    STATE_TEXT,
+    STATES,
+    Record,
+    State,
+    Value,
+    axis_value,
+    bare,
+    group_by,
+    metric_names,
+    ordered,
+    unit_of,
+    value_of,
+    varying_axes,
+)
+from bench.report.conditions import conditions
+from bench.report.metrics import Style, axis_label, axis_text, style_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table as RichTable
+
+# The columns of a long table that does not name its own; a column that no record knows is left out.
+LONG_METRICS = (
+    "segm/AP",
+    "segm/AP50",
+    "segm/AP75",
+    "bbox/AP",
+    "latency_s/total",
+    "peak_memory_bytes/cuda_allocated",
+    "peak_memory_bytes/rss",
+    "num_parameters",
+    "flops",
+)
+_MARKS: dict[State, str] = {"failed": "✗", "skipped": "○", "missing": "?", "unmeasured": "n/a", "absent": "·"}
+_MAX_REASONS = 8
+
+
+@dataclass(frozen=True)
+class Column:
+    """label and unit as people read them; csv_names: the column's names in CSV, one per number an entry holds."""
+
+    label: str
+    csv_names: tuple[str, ...]
+    unit: str = ""
+    align_right: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """text: as people read it. csv: one field per CSV name of its column. state: why there is no number, or 'ok'.
+
+    without_range: `text` where there is little room; '' for the same.
+    """
+
+    text: str
+    csv: tuple[str, ...]
+    state: State = "ok"
+    without_range: str = ""
+
+    @property
+    def short(self) -> str:
+        return self.without_range or self.text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finished table, not yet written in any format.
+
+    num_keys: the leading columns that say which row it is. column_axis: for a grid, the name over the value columns.
+    conditions: under which the numbers were measured. notes: how to read the entries, and why some are not there.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    num_keys: int
+    column_axis: str = ""
+    conditions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: str, title: str | None = None) -> Table:
+    """One metric over two axes; other axes that vary become leading columns, and seeds become mean ± deviation.
+
+    Args:
+        records: JSON objects of RunRecord, 'missing' ones included where a plan is known.
+        rows, columns: axis names, bare or dotted.
+        metric: a metric name such as 'segm/AP'.
+        title: by default made from the metric and the axes.
+    """
+    style = style_of(metric, unit_of(records, metric))
+    others = [name for name in varying_axes(records) if name not in {bare(rows), bare(columns)}]
+    column_values = ordered(axis_value(record, columns) for record in records)
+    groups = group_by(records, [*others, rows, columns])
+    keys = _row_keys(records, [*others, rows])
+
+    full = len(keys) * len(column_values)
+    body = []
+    for key in keys:
+        values = [value_of(groups.get((*key, column), []), metric) for column in column_values]
+        entries = [_entry(value, style, quantiles=False) for value in values]
+        body.append((*(_key_entry(part) for part in key), *entries))
+    key_columns = [_key_column(name, records) for name in [*others, rows]]
+    value_columns = [Column(axis_text(value), (f"{bare(columns)}={axis_text(value)}",)) for value in column_values]
+    return Table(
+        title=title or f"{_capital(style.heading)} by {axis_label(rows)} and {axis_label(columns)}",
+        columns=(*key_columns, *value_columns),
+        rows=tuple(body),
+        num_keys=len(key_columns),
+        column_axis=axis_label(columns),
+        conditions=conditions(records),
+        notes=_notes(records, [metric], quantiles=False) + (("· not in the suite.",) if len(groups) < full else ()),
+    )
+
+
+def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title: str | None = None) -> Table:
+    """One row per cell, one column per metric; latency with its 5th and 95th percentile.
+
+    Args:
+        records: as for `grid_table`.
+        metrics: names in column order; by default those of `LONG_METRICS` that the records know.
+        title: by default 'All cells'.
+    """
+    known = metric_names(records)
+    names = list(metrics) or _default_metrics(records, known)
+    axes = varying_axes(records) or _fallback_axes(records)
+    groups = group_by(records, axes)
+    body = []
+    for key in _row_keys(records, axes):
+        entries = []
+        for name in names:
+            style = style_of(name, unit_of(records, name))
+            entries.append(_entry(value_of(groups[key], name), style, quantiles=style.quantiles))
+        body.append((*(_key_entry(part) for part in key), *_said_once(entries)))
+    return Table(
+        title=title or "All cells",
+        columns=(*(_key_column(name, records) for name in axes), *(_metric_column(name, records) for name in names)),
+        rows=tuple(body),
+        num_keys=len(axes),
+        conditions=conditions(records),
+        notes=_notes(records, names, quantiles=True),
+    )
+
+
+def to_markdown(table: Table) -> str:
+    """A GitHub table whose source is aligned too, so that it reads well as text; title, notes and conditions around."""
+    header = [_markdown_escape(text) for text in _headings(table)]
+    body = [[_markdown_escape(entry.text) for entry in row] for row in table.rows]
+    widths = [max(3, *(len(line[i]) for line in [header, *body])) for i in range(len(header))]
+
+    def line(fields: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if column.align_right else text.ljust(width)
+            for text, width, column in zip(fields, widths, table.columns)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * (width + 1) + ":" if column.align_right else "-" * (width + 2)
+        for width, column in zip(widths, table.columns)
+    ]
+    parts = [f"### {_markdown_escape(table.title)}", ""]
+    parts += [line(header), "|" + "|".join(rule) + "|", *(line(row) for row in body), ""]
+    parts += [f"- {_markdown_escape(note)}" for note in table.notes]
+    if table.conditions:
+        parts += ["", "*" + _markdown_escape(" · ".join(table.conditions)) + "*"]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """Numbers in the table's units, unrounded to six digits; an entry without a number says why in words."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([name for column in table.columns for name in column.csv_names])
+    for row in table.rows:
+        writer.writerow([text for entry in row for text in entry.csv])
+    return out.getvalue()
+
+
+def to_latex(table: Table) -> str:
+    """A `table` environment for a paper (packages booktabs and textcomp), everything escaped."""
+    keys, values = table.columns[: table.num_keys], table.columns[table.num_keys :]
+    spec = "".join("r" if column.align_right else "l" for column in table.columns)
+    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}[tb]", "\\centering", "\\small"]
+    lines += [f"\\caption{{{_latex_caption(table)}}}", f"\\begin{{tabular}}{{@{{}}{spec}@{{}}}}", "\\toprule"]
+    if table.column_axis:
+        first, last = len(keys) + 1, len(table.columns)
+        axis = f"\\multicolumn{{{len(values)}}}{{c}}{{{_latex_escape(table.column_axis)}}}"
+        lines += [" & ".join([*[""] * len(keys), axis]).strip() + " \\\\", f"\\cmidrule(l){{{first}-{last}}}"]
+    lines.append(" & ".join(_latex_heading(column) for column in table.columns) + " \\\\")
+    lines.append("\\midrule")
+    for row in table.rows:
+        lines.append(" & ".join(_latex_entry(entry) for entry in row) + " \\\\")
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    if table.notes or table.conditions:
+        small = " ".join(_latex_escape(_sentence(text)) for text in table.notes)
+        where = _latex_escape(_sentence(" · ".join(table.conditions))) if table.conditions else ""
+        lines.append("\\par\\smallskip\\parbox{\\linewidth}{\\footnotesize " + f"{small} {where}".strip() + "}")
+    return "\n".join([*lines, "\\end{table}"]) + "\n"
+
+
+def to_terminal(table: Table) -> TerminalTable:
+    """The table for a terminal, states coloured, notes and conditions under it; print it with a rich Console."""
+    return TerminalTable(table)
+
+
+@dataclass(frozen=True)
+class TerminalTable:
+    """A table that knows the width it is printed at: where there is no room for ranges, it shows the medians alone."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        shown, notes = self._build(ranges=True), [*self.table.notes]
+        if Measurement.get(console, options.update(width=10_000), shown).maximum > options.max_width:
+            shown = self._build(ranges=False)
+            if any(entry.short != entry.text for row in self.table.rows for entry in row):
+                notes.append("Ranges need a wider terminal; the files have them.")
+        yield shown
+        yield Text("\n".join([*notes, " · ".join(self.table.conditions)]).strip() + "\n", style="dim")
+
+    def _build(self, *, ranges: bool) -> RichTable:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        colours: dict[State, str] = {"failed": "bold red", "skipped": "yellow", "missing": "yellow"}
+        # No edge and no doubled spaces between columns: a dozen of them fit 80 characters.
+        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+        shown = RichTable(title=Text(self.table.title, style="bold"), title_justify="left", **look)
+        for heading, column in zip(_headings(self.table), self.table.columns):
+            longest = max((len(word) for word in heading.split()), default=0)
+            shown.add_column(Text(heading), justify="right" if column.align_right else "left", min_width=longest)
+        for row in self.table.rows:
+            texts = [(entry.text if ranges else entry.short, colours.get(entry.state, "")) for entry in row]
+            shown.add_row(*(Text(text, style=style, no_wrap=True) for text, style in texts))
+        return shown
+
+
+def _default_metrics(records: Sequence[Record], known: Sequence[str]) -> list[str]:
+    names = [name for name in LONG_METRICS if name in known]
+    memory = "peak_memory_bytes/cuda_allocated"
+    if memory in names and value_of(records, memory).state != "ok":
+        names.remove(memory)  # a machine without a GPU: the column could only say so in every row
+    finished = [record for record in records if record.get("status") == "ok"]
+    states = {(value_of([record], "segm/AP").state, value_of([record], "bbox/AP").state) for record in finished}
+    if states == {("unmeasured", "ok")}:
+        names = [name for name in names if not name.startswith("segm/")]  # a suite of boxes only
+    return names or list(known) or ["segm/AP"]
+
+
+def _fallback_axes(records: Sequence[Record]) -> list[str]:
+    names = [bare(name) for record in records for name in record.get("axes", {})]
+    return list(dict.fromkeys(name for name in names if name not in REPEAT_AXES))
+
+
+def _row_keys(records: Sequence[Record], names: Sequence[str]) -> list[tuple[Any, ...]]:
+    orders = [ordered(axis_value(record, name) for record in records) for name in names]
+    present = set(group_by(records, names))
+    return sorted(present, key=lambda key: tuple(order.index(part) for order, part in zip(orders, key)))
+
+
+def _key_column(name: str, records: Sequence[Record]) -> Column:
+    values = [axis_value(record, name) for record in records]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return Column(axis_label(name), (bare(name),), align_right=numeric)
+
+
+def _key_entry(value: Any) -> Entry:
+    return Entry(axis_text(value), (axis_text(value),))
+
+
+def _metric_column(name: str, records: Sequence[Record]) -> Column:
+    style = style_of(name, unit_of(records, name))
+    unit = f" [{style.unit}]" if style.unit else " [x100]" if style.scale == 100 else ""
+    ends = (f"{name}/p5{unit}", f"{name}/p95{unit}") if style.quantiles else ()
+    return Column(style.label, (f"{name}{unit}", *ends), style.unit)
+
+
+def _entry(value: Value, style: Style, *, quantiles: bool) -> Entry:
+    if value.mean is None:
+        word = STATE_TEXT[value.state]
+        text = _MARKS[value.state] if value.state in {"unmeasured", "absent"} else f"{_MARKS[value.state]} {word}"
+        return Entry(text, (word, word, word) if quantiles else (word,), value.state)
+    text, range_ = style.format(value.mean), ""
+    if value.spread is not None:
+        text += f" ± {style.format(value.spread)}"
+    if quantiles and value.low is not None and value.high is not None:
+        range_ = f" ({style.format(value.low)}–{style.format(value.high)})"
+    lost = f", {value.count} of {value.total} runs" if value.count < value.total else ""
+    numbers = (value.mean, value.low, value.high) if quantiles else (value.mean,)
+    fields = tuple("" if number is None else f"{number * style.scale:.6g}" for number in numbers)
+    return Entry(text + range_ + lost, fields, without_range=text + lost)
+
+
+def _said_once(entries: Sequence[Entry]) -> list[Entry]:
+    """A run that failed has no number in any column: the word stands in the first, its mark alone in the others."""
+    said: set[State] = set()
+    shown = []
+    for entry in entries:
+        again = entry.state in said and entry.state not in {"ok", "unmeasured"}
+        shown.append(Entry(_MARKS[entry.state], entry.csv, entry.state) if again else entry)
+        said.add(entry.state)
+    return shown
+
+
+def _notes(records: Sequence[Record], metrics: Sequence[str], *, quantiles: bool) -> tuple[str, ...]:
+    notes = []
+    if any(style_of(name).scale == 100 for name in metrics):
+        notes.append("AP and AR are ×100.")
+    if any(style_of(name).quantiles for name in metrics):
+        notes.append("Latency is the median per image" + (" (5th–95th percentile)." if quantiles else "."))
+    seeds = {name: {axis_value(record, name) for record in records} for name in REPEAT_AXES}
+    repeated = [f"{len(values)} {axis_label(name)}s" for name, values in seeds.items() if len(values) > 1]
+    if repeated:
+        notes.append(f"Mean ± standard deviation over {' × '.join(repeated)}.")
+    return (*notes, *absences(records, metrics))
+
+
+def absences(records: Sequence[Record], metrics: Sequence[str]) -> tuple[str, ...]:
+    """One line per state and reason: which runs have no number for the metrics, and why."""
+    axes = [*varying_axes(records), *REPEAT_AXES]
+    found: dict[tuple[State, str], list[str]] = {}
+    for state in STATES:
+        for record in records:
+            for name in metrics:
+                value = value_of([record], name)
+                if value.state == state:
+                    label = style_of(name).label if state == "unmeasured" else _cell_label(record, axes, records)
+                    labels = found.setdefault((state, value.reason), [])
+                    if label not in labels:
+                        labels.append(label)
+    lines = []
+    for (state, reason), labels in list(found.items())[:_MAX_REASONS]:
+        shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
+        lines.append(f"{_MARKS[state]} {STATE_TEXT[state]}: {shown}: {_short(reason)}")
+    if len(found) > _MAX_REASONS:
+        lines.append(f"... and {len(found) - _MAX_REASONS} more reasons; see the records.")
+    return tuple(lines)
+
+
+def _cell_label(record: Record, axes: Sequence[str], records: Sequence[Record]) -> str:
+    varying = [name for name in axes if len({axis_value(other, name) for other in records}) > 1]
+    return " ".join(f"{name}={axis_text(axis_value(record, name))}" for name in varying) or str(record.get("label", ""))
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, width=160, placeholder=" ...")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else text + "."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _headings(table: Table) -> list[str]:
+    texts = [f"{column.label} ({column.unit})" if column.unit else column.label for column in table.columns]
+    if table.column_axis and table.num_keys:
+        texts[table.num_keys - 1] += f" ↓ · {table.column_axis} →"
+    return texts
+
+
+def _one_line(text: str) -> str:
+    """Line breaks and control characters would break a table's row."""
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
+
+
+def _markdown_escape(text: str) -> str:
+    text = re.sub(r"([\\`*|<>\[\]~&])", r"\\\1", _one_line(text))
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is plain text
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\char34{}",
+    "[": r"{[}",  # after \\ a bare bracket would be read as a length
+    "]": r"{]}",
+    "*": r"{*}",  # after \\ a bare star would be read as part of it
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "–": "--",
+    "✗": r"$\times$",
+    "○": r"$\circ$",
+    "↓": r"$\downarrow$",
+    "→": r"$\rightarrow$",
+}
+
+
+def _latex_escape(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+
+
+def _latex_heading(column: Column) -> str:
+    label = re.sub(r"\b(A[PR])(\d+|[smlrcf])\b", r"\1\\textsubscript{\2}", _latex_escape(column.label))
+    return f"{label} ({_latex_escape(column.unit)})" if column.unit else label
+
+
+def _latex_entry(entry: Entry) -> str:
+    text = _latex_escape(entry.text)
+    return text if entry.state == "ok" else f"\\textit{{{text}}}"
+
+
+def _latex_caption(table: Table) -> str:
+    return _sentence(_latex_escape(table.title))

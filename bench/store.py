@@ -1,0 +1,288 @@
+"""Where results live, and how they get there without loss.
+
+    DIR/<suite>/<machine>/<run_id>.json            records, committed by people
+    DIR/<suite>/<machine>/history/<run_id>.N.json  records whose place a differing one took, and failures that came
+                                                   after a result (a failure never takes its place)
+    DIR/.store/<node_id>/                          what a node computed: node.json first, done.json last
+    DIR/.lock                                      held by the one run-suite that works here
+
+Every file is written whole: to a temporary name in the same folder, flushed to disk, then renamed. A node folder is
+complete when its done.json exists and the files that it lists have their sizes; otherwise it is resumed or redone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bench.errors import RecordError, StoreError
+from bench.plan import Node
+from bench.record import RunRecord, dump_json, dump_record, load_record
+
+DONE_VERSION: Final = 1
+RecordChange = Literal["new", "same", "replaced", "kept"]
+
+
+class NodeResult(BaseModel):
+    """The content of done.json.
+
+    files: path relative to the node folder -> size in bytes, of what later nodes need. outputs: JSON-able facts for
+    later nodes and records. environment: of the process that ran it. attempts: starts, the finishing one included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = DONE_VERSION
+    id: str
+    kind: str
+    spec: dict[str, Any]
+    inputs: list[str]
+    started_at: str
+    finished_at: str
+    duration_s: float
+    attempts: int
+    files: dict[str, int]
+    outputs: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def write_atomic(path: Path, text: str, *, replace: bool = True) -> None:
+    """Write `text` to `path` so that after a crash at any moment there is the old file or the new one, whole.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is False.
+        StoreError: the folder cannot be written to.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)  # mkstemp makes files private; records are shared
+            if replace:
+                temporary.replace(path)
+            else:
+                os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _remove_temporary(folder: Path, pattern: str = "") -> None:
+    """Remove what a kill in the middle of `write_atomic` left behind."""
+    for path in folder.glob(f"{pattern}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unusable(path: Path, error: OSError) -> StoreError:
+    reasons = {
+        errno.EACCES: "no permission to write",
+        errno.EPERM: "no permission to write",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOSPC: "no space left on the device",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.ENOTDIR: "a file stands where a folder is needed",
+        errno.EEXIST: "a file stands where a folder is needed",
+    }
+    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    return StoreError(f"{path}: cannot be written: {reason}. Free or allow it, or choose a folder with --results DIR")
+
+
+class Store:
+    """The results folder `root`. Reading needs no lock and creates nothing; writing goes under `lock()`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the results folder for one writer; the lock goes with the process, however it ends.
+
+        Raises:
+            StoreError: another process holds it, or the folder cannot be written to.
+        """
+        path = self.root / ".lock"
+        try:
+            self.nodes_folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _unusable(self.root, error) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise StoreError(
+                    f"{self.root}: in use by another run-suite (process {holder}). "
+                    "Wait for it, stop it, or choose another folder with --results DIR"
+                ) from error
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            self._check_writable()
+            _remove_temporary(self.root, "[!.]*/*/")
+            _remove_temporary(self.root, "[!.]*/*/history/")
+            yield
+        finally:
+            os.close(handle)
+
+    def _check_writable(self) -> None:
+        # The lock file may be writable from an earlier day in a folder that no longer is; a new file tells.
+        try:
+            with tempfile.TemporaryFile(dir=self.nodes_folder) as file:
+                file.write(b"\0")
+        except OSError as error:
+            raise _unusable(self.root, error) from error
+
+    # -- nodes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes_folder(self) -> Path:
+        return self.root / ".store"
+
+    def folder(self, node_id: str) -> Path:
+        """Where the node keeps its files; it need not exist."""
+        return self.nodes_folder / node_id
+
+    def result(self, node_id: str) -> NodeResult | None:
+        """What the node computed, or None when it is not complete.
+
+        Raises:
+            StoreError: done.json is there but unreadable, or belongs to another node.
+        """
+        path = self.folder(node_id) / "done.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        try:
+            done = NodeResult.model_validate_json(text)
+        except ValidationError as error:
+            raise StoreError(f"{path}: corrupt, or of another version. Delete its folder to run it again") from error
+        if done.id != node_id:
+            raise StoreError(f"{path}: belongs to node {done.id}. Delete its folder to run it again")
+        return done if not self.missing_files(done) else None
+
+    def missing_files(self, done: NodeResult) -> list[str]:
+        """Files that done.json lists and that are gone or have another size."""
+        folder = self.folder(done.id)
+        return [name for name, size in done.files.items() if _size(folder / name) != size]
+
+    def is_done(self, node_id: str) -> bool:
+        """Whether the node's result is there, whole, to be reused."""
+        return self.result(node_id) is not None
+
+    def begin(self, node: Node) -> Path:
+        """Make the node's folder ready for a (further) attempt and return it.
+
+        Raises:
+            StoreError: the folder holds the work of a different specification under the same id.
+        """
+        folder = self.folder(node.id)
+        path = folder / "node.json"
+        content = {"id": node.id, "kind": node.kind, "inputs": list(node.inputs), "spec": node.spec}
+        try:
+            folder.mkdir(exist_ok=True)
+            (folder / "done.json").unlink(missing_ok=True)
+            _remove_temporary(folder)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{path}: unreadable ({error}). Delete its folder to run it again") from error
+            if found != json.loads(json.dumps(content)):
+                raise StoreError(f"{path}: made for another specification. Delete its folder to run it again")
+        else:
+            write_atomic(path, dump_json(content))
+        return folder
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def record_path(self, suite: str, machine: str, run_id: str) -> Path:
+        return self.root / suite / machine / f"{run_id}.json"
+
+    def records(self, suite: str | None = None, machine: str | None = None) -> list[RunRecord]:
+        """Current records (no history), sorted by path.
+
+        Raises:
+            RecordError: one of them is unreadable.
+        """
+        pattern = f"{suite or '[!.]*'}/{machine or '[!.]*'}/*.json"
+        return [load_record(path) for path in sorted(self.root.glob(pattern)) if not path.name.startswith(".")]
+
+    def write_record(self, record: RunRecord, machine: str) -> RecordChange:
+        """Store a record; nothing is overwritten in silence.
+
+        Returns:
+            'new'; 'same': the stored one says the same and stays; 'replaced': the stored one differs or is a failure,
+            and moves to history/; 'kept': the stored one is a result and the new one is not, which goes to history/.
+        """
+        path = self.record_path(record.suite, machine, record.run_id)
+        text = dump_record(record)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(path.parent, error) from error
+        if not path.exists():
+            write_atomic(path, text)
+            return "new"
+        try:
+            stored = load_record(path)
+        except RecordError:
+            self._to_history(path, path.read_text(encoding="utf-8", errors="replace"))
+            write_atomic(path, text)
+            return "replaced"
+        if stored.same_result(record) and record.status == "ok":
+            return "same"
+        if stored.status == "ok" and record.status != "ok":
+            self._to_history(path, text)
+            return "kept"
+        self._to_history(path, dump_record(stored))
+        write_atomic(path, text)
+        return "replaced"
+
+    def _to_history(self, path: Path, text: str) -> None:
+        folder = path.parent / "history"
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        taken = {int(found.name.split(".")[1]) for found in folder.glob(f"{path.stem}.*.json")}
+        numbered = [folder / f"{path.stem}.{number}.json" for number in sorted(taken)]
+        if numbered and numbered[-1].read_text(encoding="utf-8", errors="replace") == text:
+            return  # a kill between keeping the old record and writing the new one
+        write_atomic(folder / f"{path.stem}.{max(taken, default=0) + 1}.json", text, replace=False)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+from report_records import make_record
+
+from bench.report.cells import (
+    axis_value,
+    group_by,
+    latest,
+    ordered,
+    sort_records,
+    value_of,
+    varying_axes,
+)
+
+
+def test_seeds_are_averaged_by_hand() -> None:
+    # mean (0.40 + 0.44 + 0.48) / 3 = 0.44; deviations -0.04, 0, 0.04; variance 0.0032 / 2 = 0.0016; deviation 0.04
+    records = [make_record(seed=seed, ap=ap) for seed, ap in enumerate((0.40, 0.44, 0.48))]
+    value = value_of(records, "segm/AP")
+    assert value.state == "ok"
+    assert value.mean == pytest.approx(0.44)
+    assert value.spread == pytest.approx(0.04)
+    assert (value.count, value.total) == (3, 3)
+
+
+def test_one_run_has_no_deviation() -> None:
+    value = value_of([make_record(ap=0.4)], "segm/AP")
+    assert (value.mean, value.spread) == (0.4, None)
+
+
+def test_latency_brings_its_percentiles() -> None:
+    value = value_of([make_record(latency_s=0.010)], "latency_s/total")
+    assert (value.low, value.mean, value.high) == pytest.approx((0.009, 0.010, 0.0125))
+
+
+def test_a_failed_seed_does_not_hide_the_others_and_is_counted() -> None:
+    value = value_of([make_record(seed=0, ap=0.3), make_record(seed=1, status="failed", reason="crash")], "segm/AP")
+    assert (value.state, value.mean, value.count, value.total) == ("ok", 0.3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("record", "state", "reason"),
+    [
+        (make_record(status="failed", reason="out of memory\nlog"), "failed", "out of memory"),
+        (make_record(status="skipped", reason="its training failed"), "skipped", "its training failed"),
+        (make_record(status="missing"), "missing", "no record yet"),
+        (make_record(ap=None), "unmeasured", "not asked for"),
+    ],
+)
+def test_states_are_told_apart(record: dict, state: str, reason: str) -> None:
+    value = value_of([record], "segm/AP")
+    assert (value.state, value.mean, value.reason) == (state, None, reason)
+
+
+def test_no_runs_at_all_is_a_state_of_its_own() -> None:
+    assert value_of([], "segm/AP").state == "absent"
+
+
+def test_zero_is_a_measurement() -> None:
+    assert value_of([make_record(ap=0.0)], "segm/AP").mean == 0.0
+
+
+def test_unknown_status_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown status 'odd'"):
+        value_of([make_record(status="odd")], "segm/AP")
+
+
+def test_values_are_ordered_as_numbers_or_as_they_come() -> None:
+    assert ordered([10, 2, 1, 2]) == [1, 2, 10]
+    assert ordered(["tiny", "resnet50", "tiny"]) == ["tiny", "resnet50"]
+    assert ordered([None, 0.5, None]) == [None, 0.5]
+
+
+def test_records_are_sorted_as_numbers() -> None:
+    records = [make_record(steps) for steps in (16, 2, 4)]
+    assert [record["axes"]["sampling_steps"] for record in sort_records(records)] == [2, 4, 16]
+
+
+def test_seeds_never_count_as_varying_axes() -> None:
+    assert varying_axes([make_record(steps, seed=seed) for steps in (1, 2) for seed in (0, 1)]) == ["sampling_steps"]
+
+
+def test_axis_is_found_bare_dotted_and_in_the_configuration() -> None:
+    record = make_record(4)
+    record["axes"] = {"sampler.num_proposals": 7}
+    assert axis_value(record, "num_proposals") == axis_value(record, "sampler.num_proposals") == 7
+    assert axis_value(record, "backbone") == "tiny"
+    assert axis_value(record, "nowhere") is None
+
+
+def test_lists_and_mappings_can_be_axis_values() -> None:
+    records = [make_record(sampler={"renewal": False}, sizes=[1, 2]), make_record(sampler="released", sizes=[1, 2])]
+    assert varying_axes(records) == ["sampler"]
+    assert list(group_by(records, ["sampler", "sizes"])) == [("{renewal: false}", (1, 2)), ("released", (1, 2))]
+
+
+def test_of_two_versions_of_a_cell_the_later_counts() -> None:
+    old, new = make_record(ap=0.1), make_record(ap=0.2)
+    old["run_id"], new["started_at"] = "old", "2026-02-01T00:00:00Z"
+    other = make_record(2)
+    assert latest([new, old, other]) == ([new, other], 1)

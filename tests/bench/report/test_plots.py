@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_records import make_grid, make_record
+
+from bench.report.plots import _draw, build_plot, pareto_front, render
+
+
+def test_against_an_axis_there_is_a_line_per_value_and_a_point_per_step() -> None:
+    plot = build_plot(make_grid(), x="sampling_steps", y="segm/AP", lines="num_proposals")
+    (panel,) = plot.panels
+    assert [line.label for line in panel.lines] == ["20", "50", "100"]
+    assert [point.x for point in panel.lines[1].points] == [1, 2, 4]
+    assert [point.y.mean for point in panel.lines[1].points] == pytest.approx([34.5, 36.3, 38.1])
+    assert [point.y.state for point in panel.lines[2].points] == ["ok", "skipped", "failed"]
+    assert (plot.x_label, plot.y_label) == ("Sampling steps", "Mask AP (×100)")
+    assert plot.tick_values == ((1.0, "1"), (2.0, "2"), (4.0, "4"))
+
+
+def test_against_latency_the_points_carry_percentiles_and_steps_in_ms() -> None:
+    plot = build_plot(make_grid(), x="latency_s/total", y="segm/AP", lines="num_proposals")
+    point = plot.panels[0].lines[0].points[0]
+    assert (point.x, point.low, point.high, point.step) == pytest.approx((7.1, 6.39, 8.875, 1))
+    assert plot.x_label == "Latency per image, median (ms)"
+    # Cells without a latency have no place on this axis: the caption names them.
+    assert "failed: sampling_steps=4 num_proposals=100: out of memory" in plot.caption
+    assert "skipped: sampling_steps=2 num_proposals=100" in plot.caption
+    assert "missing: sampling_steps=4 num_proposals=20" in plot.caption
+    assert "Example CPU 9000, 2 cores" in plot.caption
+
+
+def test_another_axis_makes_panels_and_seeds_make_deviations() -> None:
+    records = [
+        make_record(steps, seed=seed, backbone=name, ap=0.3 + 0.02 * seed)
+        for steps in (1, 4)
+        for seed in (0, 1)
+        for name in ("tiny", "resnet50")
+    ]
+    plot = build_plot(records, x="sampling_steps", y="segm/AP")
+    assert [panel.title for panel in plot.panels] == ["backbone tiny", "backbone resnet50"]
+    value = plot.panels[0].lines[0].points[0].y
+    # mean of 30 and 32; deviation sqrt(2)
+    assert (value.mean, value.spread) == pytest.approx((31, 2**0.5))
+    assert "standard deviation over seeds" in plot.caption
+
+
+def test_too_many_panels_are_refused_with_a_way_out() -> None:
+    records = [make_record(steps, kind=kind) for steps in (1, 2) for kind in range(13)]
+    with pytest.raises(ValueError, match="13 panels, one per kind; 12 are allowed"):
+        build_plot(records, x="sampling_steps", y="segm/AP")
+
+
+@pytest.mark.parametrize("x", ["sampling_steps", "latency_s/total"])
+def test_the_same_records_give_the_same_bytes(x: str) -> None:
+    first, again = (render(build_plot(make_grid(), x=x, y="segm/AP", lines="num_proposals")) for _ in range(2))
+    assert again == first
+    assert first["png"].startswith(b"\x89PNG")
+    assert first["svg"].startswith(b"<?xml")
+    assert b"<dc:date>" not in first["svg"]
+
+
+def test_the_order_of_the_files_does_not_show() -> None:
+    records = make_grid()
+    plot = build_plot(records, x="sampling_steps", y="segm/AP", lines="num_proposals")
+    random.Random(0).shuffle(records)
+    assert build_plot(records, x="sampling_steps", y="segm/AP", lines="num_proposals") == plot
+
+
+def test_absent_cells_stand_under_the_data_at_their_place() -> None:
+    (axes,) = _draw(build_plot(make_grid(), x="sampling_steps", y="segm/AP", lines="num_proposals")).axes
+    marks = [(line.get_marker(), *line.get_xydata()[0]) for line in axes.lines if line.get_marker() in {"x", "_", "o"}]
+    found = [mark for mark in marks if mark[2] < 1]  # positions as shares of the axes' height; AP is above 30
+    # Missing: 20 proposals; skipped and failed: 100 proposals. At 4 steps two of them are stacked.
+    assert found == [("_", 4, pytest.approx(0.045)), ("o", 2, pytest.approx(0.045)), ("x", 4, pytest.approx(0.105))]
+    lowest = 31.0
+    bottom, top = axes.get_ylim()
+    assert (lowest - bottom) / (top - bottom) > 0.15  # no measured point inside the band
+
+
+def test_failed_skipped_missing_and_unmeasured_look_different() -> None:
+    pictures = []
+    for status in ("failed", "skipped", "missing", "ok"):
+        records = [make_record(1), make_record(2, status=status, reason=None if status == "ok" else "x", ap=None)]
+        pictures.append(render(build_plot(records, x="sampling_steps", y="segm/AP"))["png"])
+    assert len(set(pictures)) == 4
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [make_record(status="failed", reason="crash")],
+        [make_record(ap=0.0)],
+        [make_record(ap=None)],
+        [make_record(1, ap=0.3), make_record(2, ap=0.3, latency_s=None)],
+        [make_record(ap=0.2, latency_s=None)],
+    ],
+    ids=["all failed", "zero", "unmeasured", "equal", "no latency"],
+)
+@pytest.mark.parametrize("x", ["sampling_steps", "latency_s/total", "backbone"])
+def test_degenerate_records_are_drawn(records: list, x: str) -> None:
+    assert render(build_plot(records, x=x, y="segm/AP", lines="num_proposals"))["png"].startswith(b"\x89PNG")
+
+
+def test_dollars_and_backslashes_are_no_formula() -> None:
+    records = [make_record(1, note="$\\frac{$"), make_record(2, note="_$^")]
+    render(build_plot(records, x="sampling_steps", y="segm/AP", lines="note", title="costs $5 or $6^"))
+
+
+def test_pareto_front_by_hand() -> None:
+    # (2, 5) beats (3, 4) and (2, 3); (1, 1) and (4, 6) are beaten by nobody.
+    assert pareto_front([(3, 4), (1, 1), (2, 5), (2, 3), (4, 6), (4, 6)]) == [(1, 1), (2, 5), (4, 6)]
+    assert pareto_front([]) == []
+
+
+numbers = st.integers(0, 8).map(float)
+
+
+@given(st.lists(st.tuples(numbers, numbers), max_size=12))
+def test_pareto_front_equals_its_definition(points: list[tuple[float, float]]) -> None:
+    def is_beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] <= point[0] and other[1] >= point[1] for other in points)
+
+    assert pareto_front(points) == sorted({point for point in points if not is_beaten(point)})

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import random
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_records import make_grid, make_record
+from rich.console import Console
+
+from bench.report.tables import grid_table, long_table, to_csv, to_latex, to_markdown, to_terminal
+
+CONDITIONS = (
+    "suite quickstart · data shapes, 200 validation images of 96 px · backbone tiny, 3 stages · "
+    "1 500 iterations of batch 8 · Example CPU 9000, 2 cores · torch 2.14.1 · commit 0123456789"
+)
+
+
+def _grid(records: list) -> object:
+    return grid_table(records, rows="num_proposals", columns="sampling_steps", metric="segm/AP")
+
+
+def test_grid_as_markdown() -> None:
+    assert (
+        to_markdown(_grid(make_grid()))
+        == f"""\
+### Mask AP by proposals and sampling steps
+
+| proposals ↓ · sampling steps → |    1 |         2 |         4 |
+|-------------------------------:|-----:|----------:|----------:|
+|                             20 | 31.0 |      33.2 | ? missing |
+|                             50 | 34.5 |      36.3 |      38.1 |
+|                            100 | 38.0 | ○ skipped |  ✗ failed |
+
+- AP and AR are ×100.
+- ✗ failed: sampling_steps=4 num_proposals=100: out of memory: the process was killed
+- ○ skipped: sampling_steps=2 num_proposals=100: its training failed
+- ? missing: sampling_steps=4 num_proposals=20: no record yet
+
+*{CONDITIONS}*
+"""
+    )
+
+
+def test_grid_as_csv() -> None:
+    assert to_csv(_grid(make_grid())) == (
+        "num_proposals,sampling_steps=1,sampling_steps=2,sampling_steps=4\n"
+        "20,31,33.2,missing\n"
+        "50,34.5,36.3,38.1\n"
+        "100,38,skipped,failed\n"
+    )
+
+
+def test_grid_as_latex() -> None:
+    text = to_latex(_grid(make_grid()))
+    body = text[text.index("\\toprule") : text.index("\\end{tabular}")]
+    assert (
+        body
+        == r"""\toprule
+& \multicolumn{3}{c}{sampling steps} \\
+\cmidrule(l){2-4}
+proposals & 1 & 2 & 4 \\
+\midrule
+20 & 31.0 & 33.2 & \textit{? missing} \\
+50 & 34.5 & 36.3 & 38.1 \\
+100 & 38.0 & \textit{$\circ$ skipped} & \textit{$\times$ failed} \\
+\bottomrule
+"""
+    )
+    assert "\\caption{Mask AP by proposals and sampling steps.}" in text
+
+
+def test_long_table_has_a_row_per_cell_and_a_column_per_metric() -> None:
+    table = long_table(make_grid())
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert len(rows) == 9
+    assert rows[0] == {
+        "sampling_steps": "1",
+        "num_proposals": "20",
+        "segm/AP [x100]": "31",
+        "segm/AP50 [x100]": "49.6",
+        "segm/AP75 [x100]": "27.9",
+        "bbox/AP [x100]": "34.1",
+        "latency_s/total [ms]": "7.1",
+        "latency_s/total/p5 [ms]": "6.39",
+        "latency_s/total/p95 [ms]": "8.875",
+        "peak_memory_bytes/rss [MiB]": "612",
+        "num_parameters [M]": "1.23457",
+        "flops": "2.5",
+    }
+    assert rows[-1]["latency_s/total/p95 [ms]"] == "failed"
+    assert "7.1 (6.4–8.9)" in to_markdown(table)
+
+
+def test_long_table_names_its_metrics() -> None:
+    table = long_table([make_record()], metrics=["flops", "segm/AP"], title="Cost")
+    assert [column.label for column in table.columns][-2:] == ["GFLOPs", "mask AP"]
+    assert table.title == "Cost"
+
+
+def test_not_measured_is_not_a_zero_and_says_why() -> None:
+    text = to_markdown(long_table([make_record(1), make_record(2, latency_s=None)]))
+    row = next(line for line in text.splitlines() if line.startswith("|              2 |"))
+    assert "n/a" in row
+    assert "n/a not measured: latency: not asked for" in text
+
+
+def test_seeds_become_mean_and_deviation() -> None:
+    records = [make_record(seed=seed, ap=ap) for seed, ap in enumerate((0.40, 0.44, 0.48))]
+    text = to_markdown(long_table(records, metrics=["segm/AP"]))
+    assert "44.0 ± 4.0" in text
+    assert "Mean ± standard deviation over 3 seeds." in text
+
+
+def test_a_lost_seed_is_told_in_the_entry() -> None:
+    records = [make_record(seed=0, ap=0.4), make_record(seed=1, status="failed", reason="crash")]
+    assert "40.0, 1 of 2 runs" in to_markdown(long_table(records, metrics=["segm/AP"]))
+
+
+def test_other_axes_become_leading_columns_and_combinations_out_of_the_suite_a_dot() -> None:
+    records = [make_record(1, 20, backbone="tiny"), make_record(2, 20, backbone="resnet50")]
+    table = _grid(records)
+    assert [column.label for column in table.columns] == ["backbone", "proposals", "1", "2"]
+    assert [[entry.text for entry in row] for row in table.rows] == [
+        ["tiny", "20", "25.0", "·"],
+        ["resnet50", "20", "·", "25.0"],
+    ]
+    assert "· not in the suite." in table.notes
+
+
+def test_box_only_suites_have_no_mask_columns() -> None:
+    record = make_record()
+    for name in ("segm/AP", "segm/AP50", "segm/AP75"):
+        record["metrics"][name] |= {"value": None, "reason": "no masks"}
+    assert "mask" not in to_markdown(long_table([record]))
+
+
+def test_nothing_but_failures_is_still_a_table() -> None:
+    text = to_markdown(long_table([make_record(status="failed", reason="crash")]))
+    assert "✗ failed" in text
+
+
+def test_two_commits_are_not_mixed_silently() -> None:
+    other = make_record(2)
+    other["environment"] = {**other["environment"], "commit": "fedcba9876543210", "dirty": True}
+    text = to_markdown(long_table([make_record(1), other]))
+    assert "commit 0123456789 / fedcba9876 with uncommitted changes" in text
+
+
+def test_terminal_table_shows_every_entry() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(to_terminal(_grid(make_grid())))
+    text = console.export_text()
+    assert all(word in text for word in ("31.0", "✗ failed", "○ skipped", "? missing", "out of memory"))
+
+
+@pytest.mark.parametrize(("width", "shown"), [(160, "21.4 (19.2–26.7)"), (80, "21.4")])
+def test_a_narrow_terminal_shows_medians_without_ranges(width: int, shown: str) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(to_terminal(long_table(make_grid())))
+    lines = console.export_text().splitlines()
+    # Sampling steps 4, 50 proposals.
+    (row,) = [line for line in lines if line.split()[:2] == ["4", "50"]]
+    assert shown in row
+    assert ("(" in row) == ("(" in shown)
+    assert any("Ranges need a wider terminal" in line for line in lines) == (width == 80)
+
+
+@pytest.mark.parametrize("write", [to_markdown, to_csv, to_latex])
+def test_the_same_records_give_the_same_bytes_and_are_left_unchanged(write) -> None:
+    records = make_grid()
+    before = copy.deepcopy(records)
+    first = write(_grid(records)), write(long_table(records))
+    assert records == before
+    shuffled = list(records)
+    random.Random(0).shuffle(shuffled)
+    assert write(_grid(shuffled)) == first[0]
+    assert (write(_grid(records)), write(long_table(records))) == first
+
+
+SPECIAL = r"a|b_c $5 %& #1 {x} ~^ \cmd <b>*bold*</b> [l](u) `code`"
+
+
+def test_markdown_special_characters_stay_text() -> None:
+    records = [make_record(note=SPECIAL), make_record(note="other\nline")]
+    lines = to_markdown(long_table(records, metrics=["segm/AP"], title=SPECIAL)).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    # Unescaped pipes alone separate columns: every row has as many.
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert r"a\|b_c" in rows[2]
+    assert r"\<b\>\*bold\*" in rows[2]
+    assert "other line" in rows[3]
+
+
+def test_latex_special_characters_stay_text() -> None:
+    text = to_latex(
+        long_table([make_record(note=SPECIAL), make_record(note="x")], metrics=["segm/AP"], title="50 % & $1")
+    )
+    row = next(line for line in text.splitlines() if line.startswith("a\\textbar{}"))
+    assert row == (
+        r"a\textbar{}b\_c \$5 \%\& \#1 \{x\} \textasciitilde{}\textasciicircum{} \textbackslash{}cmd "
+        r"\textless{}b\textgreater{}{*}bold{*}\textless{}/b\textgreater{} {[}l{]}(u) `code` & 25.0 \\"
+    )
+    assert r"\caption{50 \% \& \$1.}" in text
+
+
+@given(st.text(max_size=40))
+def test_no_text_breaks_a_row(text: str) -> None:
+    records = [make_record(note=text), make_record(note="plain")]
+    table = long_table(records, metrics=["segm/AP"])
+    markdown = [line for line in to_markdown(table).split("\n") if line.startswith("|")]
+    assert len(markdown) == (4 if text != "plain" else 3)
+    assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in markdown}) == 1
+    latex = to_latex(table)
+    body = latex[latex.index("\\midrule") : latex.index("\\bottomrule")].strip().split("\n")[1:]
+    assert all(len(re.findall(r"(?<!\\)&", row)) == 1 and row.endswith(r"\\") for row in body)
+    rows = list(csv.reader(io.StringIO(to_csv(table), newline="")))
+    assert {len(row) for row in rows} == {len(table.columns)}

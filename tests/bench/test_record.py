@@ -1,0 +1,137 @@
+"""Records: complete or refused, readable for years, and silent about the machine's owner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from pydantic import ValidationError
+from run_records import make_record
+
+from bench import record as record_module
+from bench.errors import RecordError
+from bench.record import Metric, dump_json, dump_record, load_record, metric, parse_record, scrub
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    record = make_record()
+    path = tmp_path / "00ff.json"
+    path.write_text(dump_record(record))
+    assert load_record(path) == record
+    assert '"total": [0.5, 1.25e-07]' in path.read_text()
+    assert json.loads(path.read_text())["metrics"]["segm/AP"] == {
+        "value": 0.25,
+        "unit": "fraction",
+        "higher_is_better": True,
+    }
+
+
+def test_yesterdays_record_still_loads() -> None:
+    # As written by the first version; never change this text, add an upgrade instead.
+    text = """{"schema_version": 1, "suite": "s", "run_id": "a", "label": "", "status": "failed", "reason": "why",
+    "axes": {}, "config": {}, "nodes": {}, "command": "run-suite s.yaml", "started_at": null, "finished_at": null,
+    "duration_s": null, "log": "last words"}"""
+    record = parse_record(json.loads(text), "old.json")
+    assert (record.status, record.reason, record.log) == ("failed", "why", "last words")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a run record"),
+        ('{"schema_version": 2}', "schema version 2, but this program reads up to 1"),
+        ('{"schema_version": 1}', "suite: Field required"),
+    ],
+)
+def test_what_is_no_record_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=message) as caught:
+        load_record(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_record_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="cannot be read"):
+        load_record(tmp_path / "none.json")
+
+
+def test_older_schemas_are_upgraded(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = make_record().model_dump()
+    content["schema_version"] = 0
+    content["name"] = content.pop("suite")
+
+    def upgrade(old: dict[str, Any]) -> dict[str, Any]:
+        new = dict(old, schema_version=1, suite=old["name"])
+        del new["name"]
+        return new
+
+    monkeypatch.setitem(record_module.UPGRADES, 0, upgrade)
+    assert parse_record(content, "old").suite == "steps"
+
+
+def test_nothing_measured_is_null_with_a_reason_never_without() -> None:
+    assert metric("latency_s/total/p95", None, "no GPU") == Metric(
+        value=None, unit="s", higher_is_better=False, reason="no GPU"
+    )
+    assert metric("flops", 3, "not used").reason is None
+    for value, reason in ((None, None), (1.0, "but why"), (float("nan"), None)):
+        with pytest.raises(ValidationError):
+            Metric(value=value, unit="s", higher_is_better=None, reason=reason)
+
+
+@pytest.mark.parametrize("changes", [{"status": "failed"}, {"reason": "odd"}, {"status": "maybe"}, {"extra": 1}])
+def test_contradictions_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        make_record(**changes)
+
+
+def test_same_result_looks_at_results_only() -> None:
+    record = make_record()
+    assert record.same_result(make_record(command="run-suite --only x", duration_s=2.0))
+    assert not record.same_result(make_record(metrics={"segm/AP": metric("segm/AP", 0.5)}))
+
+
+def test_scrub_by_hand() -> None:
+    replacements = {"/home/ann": "~", "/home/ann/coco": "<data-root>", "ann-laptop": "<host>"}
+    assert scrub("open /home/ann/coco/a.jpg", replacements) == "open <data-root>/a.jpg"
+    assert scrub("/home/ann/x.py:3", replacements) == "~/x.py:3"
+    assert scrub("/home/anna/x.py", replacements) == "<path>/x.py"
+    assert scrub(["on ann-laptop.", {"/opt/a/b": 'File "/usr/lib/c.py", line 1'}], replacements) == [
+        "on <host>.",
+        {"<path>/b": 'File "<path>/c.py", line 1'},
+    ]
+    kept = ["segm/AP", "latency_s/total", "https://example.org/a/b", "1/2", "a / b", "suites/x.yaml", 3, None, True]
+    assert scrub(kept, replacements) == kept
+
+
+words = st.text(alphabet="abc/._- ", max_size=12)
+
+
+@given(words, words)
+def test_scrub_leaves_no_private_path(before: str, after: str) -> None:
+    text = f"{before} /home/ann/secret {after}"
+    assert "/home/ann" not in scrub(text, {"/home/ann": "~"})
+    assert scrub(scrub(text, {}), {}) == scrub(text, {})
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_dumped_json_is_the_same_json(content: Any) -> None:
+    assert json.loads(dump_json(content)) == content
+
+
+def test_dump_refuses_nan() -> None:
+    with pytest.raises(ValueError):
+        dump_json({"a": float("nan")})

@@ -1,0 +1,167 @@
+"""The real node kinds on a minute data set: one suite from its file to its records, and what can be wrong with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench.execute import RunOutcome, run_plan
+from bench.plan import Plan, build_plan
+from bench.record import RunRecord
+from bench.server import Job
+from bench.store import Store
+from bench.suite import METRICS, load_suite
+from bench.worker import run_dataset, run_train
+from diffinst.errors import ConfigError, DataError
+from diffinst.evaluation.predictions import iter_predictions
+
+SUITE = """
+name: minute
+data:
+  {dataset: shapes, shapes_train_images: 4, shapes_val_images: 3, shapes_image_size: 64, shortest_edge_train: [64],
+   longest_edge_train: 64, shortest_edge_test: 64, longest_edge_test: 64, crop_probability: 0.0, eval_batch_size: 2}
+model:
+  {backbone: tiny, freeze_at: 0, hidden_dim: 16, num_stages: 1, num_attention_heads: 2, dim_feedforward: 16,
+   dim_dynamic: 4, mask_branch_channels: 8, mask_branch_layers: 1}
+train:
+  {iterations: 3, batch_size: 2, num_train_proposals: 10, warmup_iterations: 1, schedule_steps: [], precision: fp32}
+axes: {product: {num_proposals: [5, 8]}, include: [{mask: none, num_proposals: 5}]}
+measure: {latency_images: 2, latency_seconds: 0.0}
+"""
+
+
+def make_plan(folder: Path, *overrides: str, **options: Any) -> Plan:
+    path = folder / "minute.yaml"
+    path.write_text(SUITE)
+    return build_plan(load_suite(path, list(overrides)), device="cpu", **options)
+
+
+def run(plan: Plan, root: Path) -> RunOutcome:
+    with (root.parent / "screen.txt").open("a") as file:
+        return run_plan(plan, Store(root), console=Console(file=file, width=200))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan, RunOutcome]:
+    folder = tmp_path_factory.mktemp("minute")
+    plan = make_plan(folder)
+    return folder / "results", plan, run(plan, folder / "results")
+
+
+@pytest.fixture(scope="module")
+def found(done: tuple[Path, Plan, RunOutcome]) -> list[RunRecord]:
+    root, _, outcome = done
+    assert outcome.exit_code == 0, outcome.failures
+    return Store(root).records("minute", outcome.machine)
+
+
+def test_the_suite_trains_once_and_measures_each_cell(
+    done: tuple[Path, Plan, RunOutcome], found: list[RunRecord]
+) -> None:
+    kinds = [node_id.split("-")[0] for node_id in done[2].executed]
+    # Three cells of two models.
+    assert sorted(kinds) == ["dataset", *["latency"] * 3, *["predict"] * 3, *["score"] * 3, *["train"] * 2]
+    assert len(found) == 3
+
+
+def test_records_hold_every_metric_or_the_reason_why_not(found: list[RunRecord]) -> None:
+    for record in found:
+        assert set(METRICS) <= set(record.metrics)
+        missing = {name for name, metric in record.metrics.items() if metric.value is None}
+        assert {"peak_memory_bytes/cuda_allocated", "bbox/APl"} <= missing
+        assert record.metrics["peak_memory_bytes/cuda_allocated"].reason == "measured on cpu, not on a CUDA device"
+        assert not {name for name in missing if name.startswith("latency_s") or name in {"flops", "bbox/AP"}}
+        assert record.metrics["num_images"].value == 3
+        assert "disc" in record.per_class["bbox/AP"]
+
+
+def test_samples_are_raw_and_fit_together(found: list[RunRecord]) -> None:
+    with_masks = next(record for record in found if record.axes["mask"] == "dynamic")
+    samples = with_masks.samples["latency_s"]
+    assert set(samples) == {"preprocess", "backbone", "head", "masks", "total"}
+    assert {len(values) for values in samples.values()} == {2}
+    for image in range(2):
+        parts = [samples[scope][image] for scope in ("preprocess", "backbone", "head", "masks")]
+        assert min(parts) > 0
+        assert sum(parts) <= samples["total"][image]
+
+
+def test_more_proposals_cost_more_operations_and_no_parameter(found: list[RunRecord]) -> None:
+    with_masks = [record for record in found if record.axes["mask"] == "dynamic"]
+    few, many = sorted(with_masks, key=lambda record: record.axes["num_proposals"])
+    assert few.metrics["flops"].value < many.metrics["flops"].value  # type: ignore[operator]
+    assert few.metrics["num_parameters"] == many.metrics["num_parameters"]
+
+
+def test_the_environment_is_of_the_process_and_private(
+    done: tuple[Path, Plan, RunOutcome], found: list[RunRecord]
+) -> None:
+    process = found[0].environment["process"]
+    assert process["device"] == "cpu"
+    assert process["variables"]["OMP_WAIT_POLICY"]
+    text = json.dumps([record.model_dump() for record in found])
+    assert str(done[0].parent) not in text
+    assert str(Path.home()) + "/" not in text
+
+
+def test_predictions_are_one_record_an_image(done: tuple[Path, Plan, RunOutcome]) -> None:
+    root, plan, _ = done
+    for cell in plan.cells:
+        folder = Store(root).folder(cell.nodes["predict"]) / "predictions"
+        assert len(list(iter_predictions(folder))) == 3
+
+
+def test_a_lost_checkpoint_costs_nothing_until_it_is_needed(done: tuple[Path, Plan, RunOutcome]) -> None:
+    root, plan, outcome = done
+    model = Store(root).folder(plan.cells[0].nodes["train"]) / "model.safetensors"
+    weights = model.read_bytes()
+    model.unlink()
+    assert run(plan, root).executed == []
+    model.write_bytes(weights)
+
+
+def test_a_model_without_masks_says_so(found: list[RunRecord]) -> None:
+    boxes_only = [record for record in found if record.axes["mask"] == "none"]
+    assert len(boxes_only) == 1
+    assert boxes_only[0].metrics["segm/AP"].reason == "the model predicts boxes only"
+    assert boxes_only[0].metrics["bbox/AP"].value is not None
+
+
+def test_a_data_set_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "dataset=nuclei", "num_proposals=5", data_root=tmp_path)
+    node = next(iter(plan.nodes.values()))
+    job = Job(node, tmp_path, inputs={}, environment={}, report=lambda event: None)
+    with pytest.raises(DataError, match="dataset 'nuclei', train split: not found. Tried .*--data-root") as caught:
+        run_dataset(job)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    node = next(node for node in plan.nodes.values() if node.kind == "train")
+    node.options["device"] = "cuda:99"
+    job = Job(node, tmp_path, inputs={}, environment={}, report=lambda event: None)
+    with pytest.raises(ConfigError, match="--device cuda:99: cannot be used here"):
+        run_train(job)
+
+
+def test_the_worker_forks_with_one_thread_and_no_cuda() -> None:
+    code = (
+        "import os, sys, bench.worker, torch; "
+        "print(len(os.listdir('/proc/self/task')) if sys.platform == 'linux' else 1, torch.cuda.is_initialized())"
+    )
+    environment = {"PATH": "", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["1", "False"]
+
+
+def test_it_is_not_for_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.worker"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage" in done.stderr
