@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bench.errors import BenchError, SuiteError
+from bench.errors import BenchError, RecordError, SuiteError
 from bench.report.build import (
     FOLDER,
     TABLE_WRITERS,
@@ -130,7 +130,18 @@ class _Report:
                 raise BenchError(f"--machine {machine}: no records. Allowed: {', '.join(found)}")
             found = {machine: found[machine]}
         self.several = len(found) > 1
-        self.selections = {name: select(records, cells) for name, records in found.items()}
+        selections = {name: select(records, cells) for name, records in found.items()}
+        # A report of missing cells alone must not take the place of an earlier one that shows results.
+        self.selections = {
+            name: chosen
+            for name, chosen in selections.items()
+            if any(record["status"] != "missing" for record in chosen.records)
+        }
+        if not self.selections:
+            raise RecordError(
+                f"{suite}: none of the records in {self.results / self.name} belongs to this suite as it stands now, "
+                f"with these settings. Run run-suite again, or give that folder for all of them"
+            )
 
     def folder(self, machine: str, out: Path | None) -> Path:
         """Beside the records, or under `out` (in a folder per machine where there are several)."""

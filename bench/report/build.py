@@ -106,15 +106,15 @@ def build_plots(records: Sequence[Record], specs: Iterable[Any] = ()) -> dict[st
 
 
 def default_tables(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A grid of the first metric over the last two varying axes, if there are two, and all cells in a long table."""
-    axes, metric = varying_axes(records), _main_metric(records)
-    grids = [{"rows": axes[-1], "columns": axes[-2], "metric": metric}] if len(axes) > 1 and metric else []
+    """A grid of the main metric over two varying axes, if there are two, and all cells in a long table."""
+    axes, metric = _axes_of_reports(records), _main_metric(records)
+    grids = [{"rows": axes[-1], "columns": axes[0], "metric": metric}] if len(axes) > 1 and metric else []
     return [*grids, {"kind": "long"}]
 
 
 def default_plots(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The main metric against the first varying axis and against latency, one line per value of the last one."""
-    axes, metric = varying_axes(records), _main_metric(records)
+    axes, metric = _axes_of_reports(records), _main_metric(records)
     if not axes or not metric:
         return []
     lines = axes[-1] if len(axes) > 1 else None
@@ -163,6 +163,11 @@ def _missing(cell: Cell, suite: str) -> Record:
         "config": cell.config,
         "metrics": {},
     }
+
+
+def _axes_of_reports(records: Sequence[Record]) -> list[str]:
+    """Varying axes, sampling steps first: they are the question of the paper, and run along the x axis."""
+    return sorted(varying_axes(records), key=lambda name: name != "sampling_steps")
 
 
 def _main_metric(records: Sequence[Record]) -> str | None:

@@ -185,7 +185,7 @@ def build_plot(
         x_is_names=not x_is_metric and any(isinstance(value, str) for value in positions),
         x_is_metric=x_is_metric,
         falling_y=y.startswith(("latency_s", "peak_memory_bytes", "flops", "num_parameters")),
-        caption=_caption(records, x, y, x_is_metric),
+        caption=_caption(records, x, y, x_is_metric, axis_label(along) if along else ""),
     )
 
 
@@ -274,12 +274,14 @@ def _metric_axis(style: Style) -> str:
     return f"{_capital(label)} ({unit})" if unit else _capital(label)
 
 
-def _caption(records: Sequence[Record], x: str, y: str, x_is_metric: bool) -> str:
+def _caption(records: Sequence[Record], x: str, y: str, x_is_metric: bool, along: str) -> str:
     lines: list[str] = []
     if x_is_metric:
         lines += absences(records, [x, y])
     if x_is_metric and any(value_of([record], x).low is not None for record in records):
         lines.append("Horizontal bars: 5th to 95th percentile.")
+    if x_is_metric and along:
+        lines.append(f"Numbers at the points: {along}.")
     if any(value_of(cell, y).spread for cell in group_by(records, varying_axes(records)).values()):
         lines.append("Vertical bars: standard deviation over seeds.")
     lines.append(" · ".join(conditions(records)))
@@ -308,7 +310,7 @@ def _draw(plot: Plot) -> Figure:
     rows = math.ceil(count / columns)
     panel_width, panel_height = (6.4, 3.6) if count == 1 else (3.7, 3.0)
     width = panel_width * columns + 0.6
-    caption = _wrapped(plot.caption, int(width * 16.5))
+    caption = _wrapped(plot.caption, int(width * 15))
     # Inches above and below the panels: title, legend and panel titles; tick labels, axis label and caption.
     per_row = max(1, int((width - 1.9) / 0.85))
     entries = (len(plot.panels[0].lines) if plot.panels else 0) + len(_absent_states(plot)) + plot.x_is_metric
@@ -482,7 +484,8 @@ def _scale_axes(axes: Axes, plot: Plot) -> None:
         spreads = [point.y.spread or 0.0 for point in shown]
         low = min(y - spread for y, spread in zip(ys, spreads))
         high = max(y + spread for y, spread in zip(ys, spreads))
-        room = max(high - low, abs(high) * 0.02, 1e-9)
+        # Differences below a twentieth, or below one point of AP, are not blown up to the whole height.
+        room = max(high - low, abs(high) * 0.05, 1.0 if plot.y_style.scale == 100 else 0.0) or 1.0
         band = _band_height(plot.panels) if not plot.x_is_metric else 0.0
         # Under the data there is room for the band of absent cells; without one, the axis stays at 0 or above.
         bottom = low - room * (0.12 + 1.25 * band / (1 - band))
@@ -519,7 +522,17 @@ def _draw_line(axes: Axes, plot: Plot, line: Line, colour: str, marker: str) -> 
     # Between names there is nothing to interpolate: a faint line only guides the eye.
     axes.plot(xs, ys, color=colour, linewidth=1.8, alpha=0.25 if plot.x_is_names else 1, zorder=3)
     size = _MARKER_SIZES[marker]
-    axes.plot(xs, ys, color=colour, marker=marker, markersize=size, linestyle="none", markeredgecolor="white", zorder=4)
+    axes.plot(
+        xs,
+        ys,
+        color=colour,
+        marker=marker,
+        markersize=size,
+        linestyle="none",
+        markeredgecolor="white",
+        zorder=4,
+        clip_on=False,
+    )
     for point in line.points:
         if point.x is None or point.y.mean is None:
             continue
@@ -548,8 +561,6 @@ def _annotate_steps(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]
                     color=colours[i],
                     zorder=5,
                 )
-    note = f"numbers at the points: {plot.along_label}"
-    axes.text(0.985, 0.025, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5, color=_GREY)
 
 
 def _mark_absent(axes: Axes, panel: Panel, colours: Sequence[str]) -> None:

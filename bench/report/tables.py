@@ -246,12 +246,13 @@ class TerminalTable:
         from rich.text import Text
 
         colours: dict[State, str] = {"failed": "bold red", "skipped": "yellow", "missing": "yellow"}
-        # No edge and no doubled spaces between columns: a dozen of them fit 80 characters.
-        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+        # No edge and two spaces between columns: ten of them fit 80 characters.
+        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
         shown = RichTable(title=Text(self.table.title, style="bold"), title_justify="left", **look)
         for heading, column in zip(_headings(self.table), self.table.columns):
-            longest = max((len(word) for word in heading.split()), default=0)
-            shown.add_column(Text(heading), justify="right" if column.align_right else "left", min_width=longest)
+            # In a narrow terminal a heading takes a line per word, so that the numbers decide the width.
+            text = heading if ranges or self.table.column_axis else heading.replace(" ", "\n")
+            shown.add_column(Text(text), justify="right" if column.align_right else "left")
         for row in self.table.rows:
             texts = [(entry.text if ranges else entry.short, colours.get(entry.state, "")) for entry in row]
             shown.add_row(*(Text(text, style=style, no_wrap=True) for text, style in texts))

@@ -67,11 +67,20 @@ def test_only_restricts_the_cells(suite: Path, capsys: pytest.CaptureFixture) ->
     assert capsys.readouterr().out.splitlines()[1:] == ["20,30,30,30"]
 
 
-def test_records_of_other_settings_are_left_out_and_said_so(suite: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["table", str(suite), "--set", "iterations=7", "--print", "terminal"]) == 0
+def test_records_of_other_cells_are_left_out_and_said_so(suite: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["table", str(suite), "--set", "sampling_steps=[1, 8]", "--print", "terminal"]) == 0
     out = capsys.readouterr().out
-    assert "note: 5 records of other versions or settings of this suite left out" in out
-    assert out.count("? missing") > 5
+    assert "note: 3 records of other versions or settings of this suite left out" in out
+    assert out.count("? missing") > 2
+
+
+def test_a_suite_without_any_record_leaves_an_earlier_report_alone(suite: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["table", str(suite)]) == 0
+    (written,) = (suite.parent / "results/small/box/report").glob("*.md")
+    before = written.read_text()
+    assert main(["table", str(suite), "--set", "iterations=7"]) == 2
+    assert "none of the records in results/small belongs to this suite" in capsys.readouterr().err
+    assert written.read_text() == before
 
 
 def test_a_folder_of_results_will_do(suite: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,14 +238,14 @@ def test_no_process_survives_a_kill_of_the_parent(root: Path) -> None:
     os.kill(helper, signal.SIGKILL)  # knows nothing of all this, unlike the loading processes of torch
 
 
-def test_killed_at_any_moment_it_ends_the_same(root: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": (6, 4), "pause_s": 0.02}
-    undisturbed = tmp_path / "undisturbed"
+def check_kills(tmp_path: Path, parts: list[float], **options: Any) -> None:
+    """Kill a run at these parts of its undisturbed duration, one after the other, then let it finish."""
+    root, undisturbed = tmp_path / "results", tmp_path / "undisturbed"
     began = time.monotonic()
     assert start(undisturbed, **options).wait() == 0
     duration = time.monotonic() - began
     kills = 0
-    for part in (0.3, 0.6, 0.7, 0.8, 0.9):
+    for part in parts:
         process = start(root, **options)
         try:
             process.wait(part * duration)
@@ -256,5 +256,15 @@ def test_killed_at_any_moment_it_ends_the_same(root: Path, tmp_path: Path) -> No
     assert kills >= 2
     assert start(root, **options).wait() == 0
     assert results(root) == results(undisturbed)
-    assert not [path for path in root.rglob("*.tmp") if "history" not in path.parts]
-    assert not [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    assert not [path for path in root.rglob(".*.tmp") if ".store" not in path.parts]
+
+
+def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
+    check_kills(tmp_path, [0.3, 0.6, 0.7, 0.8, 0.9], steps=(6, 4), pause_s=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_many_random_moments_it_ends_the_same(tmp_path: Path, seed: int) -> None:
+    draws = random.Random(seed)
+    check_kills(tmp_path, [draws.uniform(0.15, 0.6) for _ in range(15)], steps=(12, 9), pause_s=0.05)

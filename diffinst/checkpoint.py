@@ -1,0 +1,171 @@
+"""Checkpoints: one safetensors file with weights, optimiser state and, as metadata, the configuration.
+
+The file holds data only, so loading one runs no code. Writing is atomic: a reader sees the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffinst.config import Config
+from diffinst.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_FORMAT_KEY = "diffinst_format"
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+_SHOWN = 3  # mismatches named in an error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds; tensors on the CPU.
+
+    iteration: finished training iterations. class_names: K names, empty if unknown. optimizer: empty in a final file.
+    """
+
+    path: Path
+    config: Config
+    iteration: int
+    class_names: tuple[str, ...]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to the path given, in the same folder; at the end it takes the place of `path`, on disk, in one step.
+
+    A writer that is killed leaves `path` untouched, and beside it a ".tmp" file, which the next one overwrites.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    _fsync(temporary)
+    temporary.replace(path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _fsync(path.parent)
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: Mapping[str, Tensor],
+    config: Config,
+    iteration: int,
+    class_names: tuple[str, ...] = (),
+    optimizer: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        model: the state dict.
+        config: of the whole run, with `num_classes` set.
+        iteration: finished training iterations.
+        optimizer: named tensors, see `diffinst.engine.optim.optimizer_tensors`; None for a file that is only evaluated.
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    tensors = {_MODEL + name: value.detach().cpu().contiguous() for name, value in model.items()}
+    tensors |= {_OPTIMIZER + name: value.detach().cpu().contiguous() for name, value in (optimizer or {}).items()}
+    metadata = {
+        _FORMAT_KEY: str(FORMAT_VERSION),
+        "config": config.model_dump_json(),
+        "iteration": str(iteration),
+        "class_names": json.dumps(class_names),
+    }
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot write the checkpoint ({error}). Check free space and permissions, then run the same "
+            "command again: it goes on from the last one."
+        ) from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: missing, truncated, or not written by this program in this format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint. Give a .safetensors file written by `diffinst train`.")
+    parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                for prefix, tensors in parts.items():
+                    if key.startswith(prefix):
+                        tensors[key.removeprefix(prefix)] = file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: truncated, corrupt or not a checkpoint ({error}). Delete it and train again, or copy it again."
+        ) from error
+    if _FORMAT_KEY not in metadata:
+        raise CheckpointError(
+            f"{path}: holds tensors but is no checkpoint of this program. Write one with `diffinst train`."
+        )
+    if metadata[_FORMAT_KEY] != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path}: checkpoint format {metadata[_FORMAT_KEY]}, this version reads {FORMAT_VERSION}. Use the version "
+            "that wrote it, or train again."
+        )
+    try:
+        config = Config.model_validate_json(metadata["config"])
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{path}: its configuration is not valid in this version ({where}: {first['msg']}). Use the version that "
+            "wrote it, or train again."
+        ) from error
+    return Checkpoint(
+        path=path,
+        config=config,
+        iteration=int(metadata["iteration"]),
+        class_names=tuple(json.loads(metadata["class_names"])),
+        model=parts[_MODEL],
+        optimizer=parts[_OPTIMIZER],
+    )
+
+
+def load_model_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into a model of the same configuration.
+
+    Raises:
+        CheckpointError: names or shapes differ; the model is left unchanged.
+    """
+    own = model.state_dict()
+    differences = [f"{key} is missing" for key in own if key not in checkpoint.model]
+    differences += [f"{key} is unknown to the model" for key in checkpoint.model if key not in own]
+    differences += [
+        f"{key} is {tuple(checkpoint.model[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in checkpoint.model and checkpoint.model[key].shape != value.shape
+    ]
+    if differences:
+        more = f", and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: checkpoint of another model: {'; '.join(differences[:_SHOWN])}{more}. Use the model "
+            "configuration stored in the checkpoint, or a checkpoint of this model."
+        )
+    model.load_state_dict(checkpoint.model)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

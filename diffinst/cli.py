@@ -1,0 +1,346 @@
+"""diffinst train | evaluate | predict: parse, call one function, print. A user's mistake: one line, exit code 2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffinst.config import SECTIONS, Config, section_of
+from diffinst.errors import ConfigError, DiffInstError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffinst.checkpoint import Checkpoint
+    from diffinst.model import DiffusionInst
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="DiffusionInst: instance segmentation by denoising boxes.",
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override one configuration field, e.g. sampling_steps=4"),
+]
+DataRootOption = Annotated[
+    Path | None, typer.Option("--data-root", help="folder of data sets; default: $DIFFINST_DATASETS")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training")]
+
+
+@app.command()
+def train(
+    config_file: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file with sections model, sampler, train, data")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="folder of checkpoints and losses; the same command continues there")
+    ],
+    override: SetOption = None,
+    data_root: DataRootOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a model; Ctrl-C saves a checkpoint, and the same command goes on from it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from diffinst.build import seeded_model
+    from diffinst.data.coco import open_dataset
+    from diffinst.engine.train import FINAL_NAME, TrainProgress
+    from diffinst.engine.train import train as run_training
+
+    config = read_config(config_file, override or [])
+    dataset = open_dataset(config.data, "train", data_root)
+    classes = {"num_classes": dataset.num_classes}
+    if config.model.num_classes not in {None, dataset.num_classes}:
+        raise ConfigError(
+            f"{config_file}: model.num_classes is {config.model.num_classes}, but the data set has "
+            f"{dataset.num_classes} classes. Leave it out"
+        )
+    model = seeded_model(config.model.model_copy(update=classes), config.train.seed)
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns) as bar, _interruptible() as stopped:
+        task = bar.add_task("training", total=config.train.iterations, state="")
+
+        def show(progress: TrainProgress) -> None:
+            left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
+            state = f"loss {progress.total:.3f}, learning rate {progress.learning_rate:.2e}{left}"
+            bar.update(task, completed=progress.iteration, state=state)
+
+        path = run_training(
+            model, dataset, config, out, device=_device(device), progress=show, stop=lambda: bool(stopped)
+        )
+    if path.name != FINAL_NAME:
+        typer.echo(f"stopped; the same command goes on from {path}")
+        raise typer.Exit(130)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointArgument,
+    out: Annotated[
+        Path, typer.Option("--out", help="folder of predictions and metrics; the same command continues there")
+    ],
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of sampler and data settings; default: the checkpoint's")
+    ] = None,
+    override: SetOption = None,
+    data_root: DataRootOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Predict the validation split and score it: the COCO numbers for boxes and masks."""
+    from rich.progress import Progress
+
+    from diffinst.checkpoint import replacing
+    from diffinst.data import catalog
+    from diffinst.data.coco import open_dataset
+    from diffinst.engine.evaluate import predict_split
+    from diffinst.evaluation.coco_ap import score_coco
+    from diffinst.evaluation.predictions import iter_predictions
+
+    loaded = _load(checkpoint)
+    base = loaded.config if config_file is None else read_config(config_file, [])
+    config = override_config(base, override or [], allowed=("sampler", "data"))
+    dataset = open_dataset(config.data, "val", data_root)
+    if dataset.num_classes != loaded.config.model.num_classes:
+        raise ConfigError(
+            f"{checkpoint}: made for {loaded.config.model.num_classes} classes, but {dataset.annotations_path} has "
+            f"{dataset.num_classes}. Choose the data set that it was trained on"
+        )
+    # A folder per checkpoint, data and settings: a killed evaluation goes on, and no two are ever mixed.
+    folder = out / f"predictions-{_identity(checkpoint, config)}"
+    with Progress() as bar, _interruptible() as stopped:
+        task = bar.add_task("validation images", total=len(dataset))
+        done = predict_split(
+            _model(loaded, device),
+            dataset,
+            config.sampler,
+            folder,
+            batch_size=config.data.eval_batch_size,
+            device=_device(device),
+            progress=lambda finished, total: bar.update(task, completed=finished, total=total),
+            stop=lambda: bool(stopped),
+        )
+    if done < len(dataset):
+        typer.echo(f"stopped after {done} of {len(dataset)} images; the same command goes on")
+        raise typer.Exit(130)
+    paths = catalog.resolve(config.data, "val", data_root)
+    scores = score_coco(
+        paths.annotations,
+        iter_predictions(folder),
+        class_agnostic=config.data.class_agnostic,
+        image_ids=dataset.image_ids,
+        skip_invalid=config.data.skip_invalid,
+    )
+    for name, value in scores.metrics.items():
+        typer.echo(f"{name:12s} {f'{value:.4f}' if value is not None else f'not defined: {scores.reasons[name]}'}")
+    with replacing(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {out / 'metrics.json'}")
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="photographs, and folders of them")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the drawn photographs and predictions.json")],
+    override: SetOption = None,
+    draw_threshold: Annotated[
+        float, typer.Option("--draw-threshold", min=0.0, max=1.0, help="lowest score that is drawn")
+    ] = 0.3,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw boxes, masks, classes and scores on photographs, and write all detections as COCO results."""
+    from rich.progress import Progress
+
+    from diffinst.engine.predict import find_photographs
+    from diffinst.engine.predict import predict as run_prediction
+
+    photographs = find_photographs(images)
+    loaded = _load(checkpoint)
+    config = override_config(loaded.config, override or [], allowed=("sampler", "data"))
+    with Progress() as bar:
+        task = bar.add_task("photographs", total=len(photographs))
+        path = run_prediction(
+            _model(loaded, device),
+            photographs,
+            out,
+            data=config.data,
+            settings=config.sampler,
+            class_names=loaded.class_names,
+            draw_threshold=draw_threshold,
+            on_image=lambda *_: bar.advance(task),
+        )
+    typer.echo(f"drew {len(photographs)} photographs; all detections are in {path}")
+
+
+def read_config(path: Path, overrides: list[str]) -> Config:
+    """The configuration of a YAML file with the sections model, sampler, train and data, each optional.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; names the file, the key and what is allowed.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping with the sections {', '.join(SECTIONS)}")
+    return override_config(_validated({key: value or {} for key, value in content.items()}, str(path)), overrides)
+
+
+def override_config(config: Config, overrides: list[str], *, allowed: tuple[str, ...] = tuple(SECTIONS)) -> Config:
+    """`config` with KEY=VALUE settings; a key is a field's name or 'section.field', a value is read as YAML.
+
+    Raises:
+        ConfigError: no '=' in it, an unknown field, one of a section that is not allowed here, or an impossible value.
+    """
+    import yaml
+
+    content = config.model_dump(mode="json")
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        section, dot, field = key.strip().rpartition(".")
+        section = section if dot else section_of(field) or ""
+        if not sign:
+            raise ConfigError(f"--set {text}: needs the form KEY=VALUE")
+        if section not in SECTIONS or field not in SECTIONS[section].model_fields:
+            names = [name for part in allowed for name in SECTIONS[part].model_fields]
+            raise ConfigError(f"--set {key}: unknown field.{_nearest(field, names)}")
+        if section not in allowed:
+            raise ConfigError(f"--set {key}: the checkpoint fixes it. Allowed are fields of {', '.join(allowed)}")
+        try:
+            content[section][field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: not valid YAML: {' '.join(str(error).split())}") from error
+    return _validated(content, "--set") if overrides else config
+
+
+def _validated(content: dict[Any, Any], source: str) -> Config:
+    from pydantic import ValidationError
+
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            section = SECTIONS.get(str(first["loc"][0])) if len(first["loc"]) > 1 else None
+            names = list(section.model_fields if section else SECTIONS)
+            message = f"unknown key.{_nearest(str(first['loc'][-1]), names)}"
+        elif isinstance(first["input"], str) and _is_number(first["input"]):
+            message += f". YAML reads {first['input']} as text: write {float(first['input'])!r}"
+        raise ConfigError(f"{source}: {place}: {message}") from error
+
+
+def _nearest(name: str, allowed: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, allowed, n=1)
+    return f" Did you mean '{near[0]}'?" if near else f" Allowed: {', '.join(allowed)}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: not a device. Allowed: auto, cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices. Use cpu or auto")
+    return device
+
+
+def _load(path: Path) -> Checkpoint:
+    from diffinst.checkpoint import load_checkpoint
+
+    return load_checkpoint(path)
+
+
+def _model(checkpoint: Checkpoint, device: str) -> DiffusionInst:
+    from diffinst.build import build_model
+    from diffinst.checkpoint import load_model_weights
+
+    # The checkpoint brings all weights: none are fetched or read a second time.
+    model = build_model(checkpoint.config.model.model_copy(update={"backbone_weights": "none"}))
+    load_model_weights(model, checkpoint)
+    return model.to(_device(device)).eval()
+
+
+def _identity(checkpoint: Path, config: Config) -> str:
+    """12 hex digits of what predictions depend on."""
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    # Neither the batch size nor the training data changes a prediction.
+    data = config.data.model_dump_json(exclude={"eval_batch_size", "train_annotations", "train_images"})
+    digest.update((config.sampler.model_dump_json() + data).encode())
+    return digest.hexdigest()[:12]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM makes non-empty; the second Ctrl-C ends the program at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:  # noqa: ARG001 - the signature of a handler
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a mistake of the user is printed as one line and gives 2."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="diffinst")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except DiffInstError as error:
+        typer.echo(f"diffinst: {' '.join(str(error).split())}", err=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Images in, detections out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from diffinst.config import SamplerConfig
+from diffinst.diffusion.noise import noise_for
+from diffinst.diffusion.sampler import sample
+from diffinst.model import DiffusionInst
+from diffinst.postprocess import finish, select_candidates
+from diffinst.structures import Detections, ImageBatch
+
+# The parts of `detect`, in order; what comes before them, making the batch, is `DiffusionInst.make_batch`.
+SCOPES = ("backbone", "head", "masks")
+
+
+def _untimed(scope: str) -> AbstractContextManager[None]:  # noqa: ARG001 - a timer is told the scope
+    return nullcontext()
+
+
+@torch.inference_mode()
+def detect(
+    model: DiffusionInst,
+    batch: ImageBatch,
+    settings: SamplerConfig,
+    *,
+    timer: Callable[[str], AbstractContextManager[object]] = _untimed,
+) -> list[Detections]:
+    """Detections of a batch of images; an image's are the same in any batch.
+
+    Args:
+        model: in evaluation mode.
+        batch: made by the model, on its device.
+        settings: sampling and post-processing.
+        timer: called with each of `SCOPES` in turn, gives the context that the scope runs in. Work on a GPU may be
+            unfinished when a scope ends; a timer that measures must synchronise.
+    Returns:
+        One entry per image, in original-image pixels, on the model's device.
+    Raises:
+        ValueError: the model is in training mode, where batch statistics would make detections depend on the batch.
+    """
+    if model.training:
+        raise ValueError("detect needs a model in evaluation mode: call model.eval() first")
+    with timer("backbone"):
+        features = model.encode(batch.images)
+    with timer("head"):
+        steps = sample(
+            lambda boxes_xyxy, t: model.denoise(features, boxes_xyxy, t),
+            whwh=batch.whwh,
+            schedule=model.schedule,
+            settings=settings,
+            snr_scale=model.snr_scale,
+            noise=batch_noise(batch.image_ids, settings, batch.images.device),
+        )
+        candidates = select_candidates(steps, settings)
+    with timer("masks"):
+        return [
+            finish(
+                candidates[image],
+                None if features.mask_features is None else features.mask_features[image],
+                image_size=batch.image_sizes[image],
+                original_size=batch.original_sizes[image],
+                settings=settings,
+                mask_head=model.mask_logits,
+            )
+            for image in range(len(batch))
+        ]
+
+
+def batch_noise(
+    image_ids: list[int], settings: SamplerConfig, device: torch.device | str
+) -> Callable[[int, str], Tensor]:
+    """The sampler's noise source for these images: (step, purpose) -> (B, N, 4) float32 on the device."""
+    shape = (settings.num_proposals, 4)
+
+    def noise(step: int, purpose: str) -> Tensor:
+        draws = [noise_for(settings.eval_seed, image_id, step, purpose, shape) for image_id in image_ids]
+        return torch.stack(draws).to(device, non_blocking=True)
+
+    return noise

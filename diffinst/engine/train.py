@@ -1,0 +1,361 @@
+"""Training that can be killed at any moment: the same command goes on to the same losses, bit by bit on a CPU.
+
+Nothing is carried from one iteration to the next but the weights and the optimiser's state: the batch, its
+augmentation, the timesteps and the noise are functions of (seed, iteration).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from diffinst.checkpoint import Checkpoint, load_checkpoint, load_model_weights, replacing, save_checkpoint
+from diffinst.config import Config, TrainConfig
+from diffinst.data.loader import TrainingSource, training_batches
+from diffinst.diffusion.noise import generator_for, noise_for
+from diffinst.diffusion.schedule import NoiseSchedule
+from diffinst.diffusion.signal import boxes_to_signal, pad_ground_truth, signal_to_boxes, to_normalised, to_pixels
+from diffinst.engine.optim import (
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_tensors,
+    lr_at,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from diffinst.errors import CheckpointError, TrainingError
+from diffinst.losses import compute_losses, prepare_targets
+from diffinst.model import DiffusionInst
+from diffinst.structures import Sample, Target
+
+FINAL_NAME = "model.safetensors"
+RESUME_NAME = "checkpoint.safetensors"
+LOSSES_NAME = "losses.jsonl"
+# Settings that may change between a training and its continuation: no weight depends on them.
+_FREE_FIELDS = {
+    "train": {"checkpoint_every", "log_every", "num_workers"},
+    "data": {
+        "val_annotations",
+        "val_images",
+        "val_image_ids",
+        "shortest_edge_test",
+        "longest_edge_test",
+        "eval_batch_size",
+        "shapes_val_images",
+    },
+}
+
+
+class TrainingData(TrainingSource, Protocol):
+    """What training needs of a data set; see `diffinst.data`."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """K names, stored in the checkpoints."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """Where a training is, passed to its progress callback every `log_every` iterations and at the end.
+
+    iteration: finished ones. losses: weighted terms of that iteration's batch. seconds_left: None until it can be told.
+    """
+
+    iteration: int
+    iterations: int
+    losses: dict[str, float]
+    learning_rate: float
+    seconds_left: float | None
+
+    @property
+    def total(self) -> float:
+        """Sum of the losses."""
+        return math.fsum(self.losses.values())
+
+
+def train(
+    model: DiffusionInst,
+    dataset: TrainingData,
+    config: Config,
+    out_dir: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[TrainProgress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Path:
+    """Train a model, or go on with a training that was stopped or killed.
+
+    `out_dir` gets "checkpoint.safetensors" every `checkpoint_every` iterations and on a stop, "losses.jsonl" with a
+    line every `log_every` iterations, and at the end "model.safetensors", which takes the checkpoint's place.
+
+    Args:
+        model: with its initial weights; moved to the device and trained in place, or left alone if the final file is
+            already there.
+        dataset: training images.
+        config: of the whole run; the sections train, model and data are used.
+        out_dir: made if missing; holds nothing, or what an earlier call with the same configuration left.
+        progress: called every `log_every` iterations and after the last one.
+        stop: asked after every iteration; True saves a checkpoint and returns.
+    Returns:
+        Path of the final file, or of the checkpoint when `stop` ended the training before its end.
+    Raises:
+        CheckpointError: `out_dir` holds the checkpoint of another configuration, or one that cannot be read or written.
+        TrainingError: a loss or the gradient is not finite.
+    """
+    settings = config.train
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": model.num_classes})})
+    final_path, resume_path = out_dir / FINAL_NAME, out_dir / RESUME_NAME
+    if final_path.is_file():
+        _check_same_training(load_checkpoint(final_path), config)
+        resume_path.unlink(missing_ok=True)  # left by a kill between writing the one and removing the other
+        return final_path
+
+    device = torch.device(device)
+    model.to(device).train()
+    optimizer = build_optimizer(model, settings)
+    start = 0
+    if resume_path.is_file():
+        checkpoint = load_checkpoint(resume_path)
+        _check_same_training(checkpoint, config)
+        load_model_weights(model, checkpoint)
+        load_optimizer_tensors(optimizer, model, checkpoint.optimizer)
+        start = checkpoint.iteration
+    losses_file = _open_losses(out_dir, start)
+
+    def save(path: Path, iteration: int, *, with_optimizer: bool) -> None:
+        save_checkpoint(
+            path,
+            model=model.state_dict(),
+            config=config,
+            iteration=iteration,
+            class_names=tuple(dataset.class_names),
+            optimizer=optimizer_tensors(optimizer, model) if with_optimizer else None,
+        )
+
+    schedule = NoiseSchedule(config.model.num_train_timesteps)
+    clock = _Clock(start, settings.iterations)
+    last_saved = start
+    devices = [device] if device.type == "cuda" else []
+    batches = training_batches(
+        dataset,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        start_iteration=start,
+        end_iteration=settings.iterations,
+        num_workers=settings.num_workers,
+    )
+    with torch.random.fork_rng(devices), losses_file:
+        for iteration, samples in enumerate(batches, start):
+            losses, norm = _backward(model, samples, settings, schedule, config.model.snr_scale, iteration)
+            values = dict(zip([*losses, "gradient norm"], torch.stack([*losses.values(), norm]).tolist()))
+            if not all(math.isfinite(value) for value in values.values()):
+                raise _not_finite(values, iteration, samples, resume_path if last_saved else None, last_saved)
+            del values["gradient norm"]
+            rate = lr_at(iteration, settings)
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
+
+            finished = iteration + 1
+            is_last = finished == settings.iterations
+            if finished % settings.log_every == 0 or is_last:
+                losses_file.write(json.dumps({"iteration": finished, "learning_rate": rate, "losses": values}) + "\n")
+                losses_file.flush()
+                if progress is not None:
+                    left = clock.seconds_left(finished)
+                    progress(TrainProgress(finished, settings.iterations, values, rate, left))
+            if is_last:
+                break
+            is_stopped = stop is not None and stop()
+            if is_stopped or finished % settings.checkpoint_every == 0:
+                save(resume_path, finished, with_optimizer=True)
+                last_saved = finished
+            if is_stopped:
+                return resume_path
+    save(final_path, settings.iterations, with_optimizer=False)
+    resume_path.unlink(missing_ok=True)
+    return final_path
+
+
+def draw_noisy_boxes(
+    targets: Iterable[Target],
+    whwh: Tensor,
+    settings: TrainConfig,
+    schedule: NoiseSchedule,
+    snr_scale: float,
+    iteration: int,
+) -> tuple[Tensor, Tensor]:
+    """Ground truth, padded and diffused to a random timestep per image: what the head sees in training.
+
+    Args:
+        targets: of B images, on the CPU.
+        whwh: (B, 4) width, height, width, height of the unpadded images, on the CPU.
+        settings: `seed`, `num_train_proposals` and `proposal_padding` are used.
+        schedule: on the CPU.
+        iteration: all draws are a function of it and the seed.
+    Returns:
+        Boxes (B, N, 4) xyxy pixels, and timesteps (B,) int64, both on the CPU.
+    """
+    padded = torch.stack(
+        [
+            pad_ground_truth(
+                to_normalised(target.boxes_xyxy[None], size[None])[0],
+                settings.num_train_proposals,
+                method=settings.proposal_padding,
+                generator=generator_for(settings.seed, iteration, "training padding", place),
+            )
+            for place, (target, size) in enumerate(zip(targets, whwh))
+        ]
+    )
+    t_generator = generator_for(settings.seed, iteration, "training timesteps")
+    t = torch.randint(schedule.num_timesteps, (len(padded),), generator=t_generator)
+    noise = noise_for(settings.seed, iteration, 0, "training noise", padded.shape)
+    x_t = schedule.add_noise(boxes_to_signal(padded, snr_scale), noise, t)
+    return to_pixels(signal_to_boxes(x_t, snr_scale), whwh), t
+
+
+def training_losses(
+    model: DiffusionInst,
+    images: Tensor,
+    targets: list[Target],
+    whwh: Tensor,
+    boxes_xyxy: Tensor,
+    t: Tensor,
+    settings: TrainConfig,
+) -> dict[str, Tensor]:
+    """Forward pass and losses of one batch.
+
+    Args:
+        images: (B, 3, H, W) normalised, padded, on the model's device.
+        targets: of the B images, on the CPU.
+        whwh: (B, 4), boxes_xyxy: (B, N, 4) noisy boxes, t: (B,) timesteps, on any device.
+    Returns:
+        Weighted float32 losses, see `diffinst.losses.compute_losses`.
+    """
+    device = images.device
+    whwh = whwh.to(device, non_blocking=True)
+    is_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        features = model.encode(images)
+        output = model.denoise(features, boxes_xyxy.to(device, non_blocking=True), t.to(device, non_blocking=True))
+    mask_size, mask_stride = None, 4
+    if features.mask_features is not None:
+        height, width = features.mask_features.shape[-2:]
+        mask_size, mask_stride = (height, width), images.shape[-1] // width
+    return compute_losses(
+        output,
+        features.mask_features,
+        prepare_targets(targets, mask_size, mask_stride=mask_stride).to(device),
+        whwh,
+        model.mask_logits,
+        matcher=settings.matcher,
+        empty_batch_loss=settings.empty_batch_loss,
+        ota_k=settings.ota_k,
+        class_weight=settings.class_weight,
+        l1_weight=settings.l1_weight,
+        giou_weight=settings.giou_weight,
+        mask_weight=settings.mask_weight,
+        focal_alpha=settings.focal_alpha,
+        focal_gamma=settings.focal_gamma,
+    )
+
+
+def _backward(
+    model: DiffusionInst,
+    samples: list[Sample],
+    settings: TrainConfig,
+    schedule: NoiseSchedule,
+    snr_scale: float,
+    iteration: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Leave the clipped gradients of a batch in the model; its losses, detached, and the norm before clipping."""
+    batch = model.make_batch(samples)
+    targets = [_target_of(sample) for sample in samples]
+    whwh = torch.tensor([(w, h, w, h) for h, w in batch.image_sizes], dtype=torch.float32)
+    boxes_xyxy, t = draw_noisy_boxes(targets, whwh, settings, schedule, snr_scale, iteration)
+    # Only dropout draws from the global generators.
+    torch.manual_seed(generator_for(settings.seed, iteration, "training dropout").initial_seed())
+    losses = training_losses(model, batch.images, targets, whwh, boxes_xyxy, t, settings)
+    model.zero_grad(set_to_none=True)
+    torch.stack(list(losses.values())).sum().backward()
+    norm = clip_gradients(model.parameters(), settings.clip_gradient_norm)
+    return {name: loss.detach() for name, loss in losses.items()}, norm
+
+
+def _target_of(sample: Sample) -> Target:
+    if sample.target is None:
+        raise ValueError(f"image {sample.image_id}: a training sample needs a target")
+    return sample.target
+
+
+def _check_same_training(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to go on with the training of another configuration."""
+    differing = []
+    for section in ("model", "train", "data"):
+        theirs, ours = getattr(checkpoint.config, section), getattr(config, section)
+        differing += [
+            f"{section}.{field} {getattr(theirs, field)!r} instead of {getattr(ours, field)!r}"
+            for field in type(ours).model_fields
+            if getattr(theirs, field) != getattr(ours, field) and field not in _FREE_FIELDS.get(section, ())
+        ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: belongs to another training: {', '.join(differing[:3])}{more}. Use another output "
+            "folder, the same configuration, or delete the file to start anew."
+        )
+
+
+def _open_losses(out_dir: Path, iteration: int) -> TextIO:
+    """Open the log of losses for appending, without what comes after `iteration` and without a line cut by a kill."""
+    path = out_dir / LOSSES_NAME
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        if kept != lines:
+            with replacing(path) as temporary:
+                temporary.write_text("".join(kept))
+        return path.open("a")
+    except OSError as error:
+        raise CheckpointError(
+            f"{out_dir}: cannot be written ({error.strerror}). Choose another folder, or change its permissions."
+        ) from error
+
+
+def _not_finite(
+    values: dict[str, float], iteration: int, samples: list[Sample], saved: Path | None, saved_iteration: int
+) -> TrainingError:
+    name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
+    good = (
+        f"the last good checkpoint is {saved} (iteration {saved_iteration})" if saved else "there is no checkpoint yet"
+    )
+    image_ids = ", ".join([str(sample.image_id) for sample in samples[:8]] + ["..."] * (len(samples) > 8))
+    return TrainingError(
+        f"iteration {iteration + 1}: {name} is {value} (images {image_ids}); {good}. "
+        "Lower train.learning_rate, lengthen train.warmup_iterations, or use train.precision: fp32."
+    )
+
+
+class _Clock:
+    """Estimates the time left from the iterations of this process, the slow first one left out."""
+
+    def __init__(self, start: int, iterations: int) -> None:
+        self._first = start + 1
+        self._iterations = iterations
+        self._started: float | None = None
+
+    def seconds_left(self, finished: int) -> float | None:
+        now = time.monotonic()
+        if self._started is None:
+            self._started, self._first = now, finished
+            return None
+        return (now - self._started) / (finished - self._first) * (self._iterations - finished)

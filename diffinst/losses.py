@@ -1,0 +1,173 @@
+"""Training losses of every head stage: classes, boxes and masks (arXiv:2212.02773, section 3.3; arXiv:2211.09788)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffinst.matching import PaddedTargets, match, pad_targets
+from diffinst.ops.boxes import paired_giou
+from diffinst.ops.masks import subsample_masks
+from diffinst.structures import HeadOutput, Target
+
+# Keeps the dice ratio finite for an empty mask; part of the loss's definition.
+_DICE_EPS = 1e-5
+# (mask_features (B, C, H, W), mask_params (P, F), image_index (P,)) -> (P, H, W) logits; `DiffusionInst.mask_logits`.
+MaskHead = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class LossTargets(NamedTuple):
+    """Ground truth of a batch as the losses read it; no larger on the device than the masks at the features' stride.
+
+    padded: instances of each image, padded to the largest count. first: (B,) int64, where an image's instances start in
+    the list of all. masks: (sum of M, H/4, W/4) bool, None without masks. num_instances: sum of M.
+    """
+
+    padded: PaddedTargets
+    first: Tensor
+    masks: Tensor | None
+    num_instances: int
+
+    def to(self, device: torch.device | str) -> LossTargets:
+        """The same on another device, without waiting for it."""
+        return LossTargets(
+            padded=PaddedTargets(*(part.to(device, non_blocking=True) for part in self.padded)),
+            first=self.first.to(device, non_blocking=True),
+            masks=None if self.masks is None else self.masks.to(device, non_blocking=True),
+            num_instances=self.num_instances,
+        )
+
+
+def prepare_targets(
+    targets: Sequence[Target], mask_size: tuple[int, int] | None, *, mask_stride: int = 4
+) -> LossTargets:
+    """Pad and subsample the ground truth of a batch; cheapest on the CPU, before moving it.
+
+    Args:
+        targets: of B images, at least one; with masks unless `mask_size` is None.
+        mask_size: (height, width) of the mask features; None for a model without masks.
+        mask_stride: image pixels per pixel of the mask features.
+    """
+    counts = torch.tensor([0, *(len(target) for target in targets)])
+    masks = None
+    if mask_size is not None:
+        parts = []
+        for image, target in enumerate(targets):
+            if target.masks is None:
+                raise ValueError(f"target {image} of the batch has no masks, but the model predicts them")
+            parts.append(subsample_masks(target.masks, mask_size, stride=mask_stride))
+        masks = torch.cat(parts)
+    first = counts[:-1].cumsum(0).to(targets[0].labels.device)
+    return LossTargets(pad_targets(targets), first, masks, int(counts.sum()))
+
+
+def compute_losses(
+    output: HeadOutput,
+    mask_features: Tensor | None,
+    targets: LossTargets,
+    whwh: Tensor,
+    mask_head: MaskHead | None = None,
+    *,
+    matcher: Literal["released", "fixed"] = "fixed",
+    empty_batch_loss: Literal["released", "fixed"] = "fixed",
+    ota_k: int = 5,
+    class_weight: float = 2.0,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    mask_weight: float = 5.0,
+    focal_alpha: float = 0.25,
+    focal_gamma: float = 2.0,
+) -> dict[str, Tensor]:
+    """Match every stage's proposals to the instances and compute the weighted losses; the total is their plain sum.
+
+    All are sums over the batch divided by the number of matched proposals of that stage (at least 1):
+    "loss_ce" sigmoid focal loss of all proposals and classes (arXiv:1708.02002), and over the matched proposals
+    "loss_bbox" L1 of boxes in units of the image, "loss_giou" 1 - GIoU, "loss_masks" 1 - dice of the mask probabilities
+    at the stride of the mask features. The dynamic mask head runs on the matched proposals only, once for all stages.
+
+    Args:
+        output: predictions of all stages; without `mask_params` there is no mask loss.
+        mask_features: (B, C, H/4, W/4); None without masks.
+        targets: of the B images, on the same device, masks at the size of the mask features.
+        whwh: (B, 4) width, height, width, height of the unpadded images.
+        mask_head: runs the filters; needed with masks.
+        matcher, ota_k, focal_alpha, focal_gamma: see `diffinst.matching.match`; the weights also weigh its costs.
+        empty_batch_loss: in a batch without any instance 'fixed' gives mask features and filters a gradient of zero,
+            'released' none at all, so that an optimiser leaves their parameters alone.
+    Returns:
+        Float32 scalars: "loss_ce", "loss_bbox", "loss_giou", "loss_masks" of the last stage, the same with "_0", "_1",
+        ... of the stages before it.
+    """
+    num_stages = len(output.class_logits)
+    with torch.autocast(output.boxes_xyxy.device.type, enabled=False):
+        matched_gt = match(
+            output.class_logits,
+            output.boxes_xyxy,
+            targets.padded,
+            whwh,
+            method=matcher,
+            ota_k=ota_k,
+            class_weight=class_weight,
+            l1_weight=l1_weight,
+            giou_weight=giou_weight,
+            focal_alpha=focal_alpha,
+            focal_gamma=focal_gamma,
+        )
+        # (S, B, N) -> the P matched pairs, image by image; the one place where the host waits for the device.
+        image, stage, proposal = (matched_gt >= 0).transpose(0, 1).nonzero(as_tuple=True)
+        instance = matched_gt[stage, image, proposal]
+        by_stage = stage == torch.arange(num_stages, device=stage.device)[:, None]  # (S, P) bool
+        num_matched = by_stage.sum(1).clamp(min=1)
+
+        focal = _focal_loss(output.class_logits.float(), matched_gt, targets.padded.labels, focal_alpha, focal_gamma)
+        predicted = output.boxes_xyxy[stage, image, proposal].float()
+        wanted = targets.padded.boxes_xyxy[image, instance]
+        per_pair = {
+            "loss_bbox": l1_weight * ((predicted - wanted) / whwh[image]).abs().sum(1),
+            "loss_giou": giou_weight * (1 - paired_giou(predicted, wanted)),
+        }
+        if output.mask_params is not None:
+            if mask_features is None or targets.masks is None or mask_head is None:
+                raise ValueError("a model with masks needs mask_features, mask_head and targets with masks")
+            if targets.num_instances == 0 and empty_batch_loss == "released":
+                per_pair["loss_masks"] = 0 * per_pair["loss_bbox"]
+            else:
+                filters = output.mask_params[stage, image, proposal].float()
+                logits = mask_head(mask_features.float(), filters, image)
+                per_pair["loss_masks"] = mask_weight * _dice_loss(
+                    logits, targets.masks[targets.first[image] + instance]
+                )
+        # A masked sum adds in a fixed order, unlike index_add on a GPU.
+        sums = {name: torch.where(by_stage, loss, 0).sum(1) for name, loss in per_pair.items()}
+        sums = {"loss_ce": class_weight * focal} | sums
+        losses = {}
+        for name, value in sums.items():
+            *earlier, last = (value / num_matched).unbind()
+            losses[name] = last
+            losses |= {f"{name}_{number}": loss for number, loss in enumerate(earlier)}
+    return losses
+
+
+def _focal_loss(class_logits: Tensor, matched_gt: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
+    """(S, B, N, K) logits, (S, B, N) matched instance or -1, (B, G) labels -> (S,) sums over all else."""
+    if labels.shape[1] == 0:
+        is_class = torch.zeros_like(class_logits, dtype=torch.bool)
+    else:
+        label = labels.expand(len(matched_gt), -1, -1).gather(2, matched_gt.clamp(min=0))
+        label = torch.where(matched_gt >= 0, label, -1)
+        is_class = label.unsqueeze(-1) == torch.arange(class_logits.shape[-1], device=label.device)
+    # With y the logit of the wrong answer, the loss is alpha_t * sigmoid(y)^gamma * softplus(y).
+    wrong = torch.where(is_class, -class_logits, class_logits)
+    weight = torch.where(is_class, alpha, 1 - alpha)
+    return (weight * wrong.sigmoid() ** gamma * F.softplus(wrong)).sum((1, 2, 3))
+
+
+def _dice_loss(mask_logits: Tensor, masks: Tensor) -> Tensor:
+    """(P, H, W) logits and bool masks -> (P,) one minus dice with squared terms (V-Net, arXiv:1606.04797)."""
+    probability, wanted = mask_logits.flatten(1).sigmoid(), masks.flatten(1)
+    overlap = torch.where(wanted, probability, 0).sum(1)
+    return 1 - 2 * overlap / (probability.square().sum(1) + wanted.sum(1) + _DICE_EPS)

@@ -1,0 +1,20 @@
+"""Non-maximum suppression within each class."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+
+def classwise_nms(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, *, iou_threshold: float) -> Tensor:
+    """Drop each box that overlaps a better one of its class by more than `iou_threshold`.
+
+    Args:
+        boxes_xyxy: (D, 4); boxes without area suppress nothing and are never suppressed.
+        scores: (D,).
+        labels: (D,) int64.
+        iou_threshold: in [0, 1].
+    Returns:
+        (D',) int64 indices of the kept boxes, best score first. Its length waits for the device.
+    """
+    return batched_nms(boxes_xyxy.float(), scores, labels, iou_threshold)

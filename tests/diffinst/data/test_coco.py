@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_files import block, block_mask, rle_of, tiny_content, write_set
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from diffinst.config import DataConfig
+from diffinst.data import coco
+from diffinst.data.coco import (
+    CocoDataset,
+    check_same_classes,
+    decode_rle_counts,
+    open_dataset,
+    parse_annotations,
+    read_image,
+)
+from diffinst.errors import DataError
+
+PLAIN = DataConfig(
+    shortest_edge_train=(20,), shortest_edge_test=20, flip_probability=0.0, crop_probability=0.0, longest_edge_train=99
+)
+
+
+def _dataset(
+    folder: Path, content: dict[str, Any] | None = None, data: DataConfig = PLAIN, **changes: Any
+) -> CocoDataset:
+    annotations, images = write_set(folder, content or tiny_content())
+    return CocoDataset(annotations, images, data=data, split="train", **changes)
+
+
+# What is read
+
+
+def test_images_come_by_id_and_categories_without_gaps(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    assert dataset.image_ids == [5, 8, 11]
+    assert len(dataset) == 3
+    assert dataset.num_classes == 2
+    assert dataset.class_names == ("dog", "cat")
+    assert dataset.category_ids == (3, 7)
+    assert dataset.num_instances == 3
+
+
+def test_all_kinds_of_masks(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    polygon_and_rle = dataset.target(2)
+    assert polygon_and_rle.labels.tolist() == [1, 0]
+    assert polygon_and_rle.boxes_xyxy.tolist() == [[2, 4, 12, 14], [10, 2, 30, 8]]
+    assert polygon_and_rle.masks is not None
+    assert polygon_and_rle.masks.dtype == torch.bool
+    expected = [block_mask((20, 30), (2, 4, 12, 14)), block_mask((20, 30), (10, 2, 30, 8))]
+    assert np.array_equal(polygon_and_rle.masks.numpy(), np.stack(expected))
+    uncompressed = dataset.target(0)
+    assert uncompressed.masks is not None
+    assert np.array_equal(uncompressed.masks.numpy()[0], block_mask((20, 30), (2, 0, 3, 20)))
+
+
+def test_crowds_are_left_out_and_empty_images_kept(tmp_path: Path) -> None:
+    target = _dataset(tmp_path).target(1)
+    assert len(target) == 0
+    assert target.boxes_xyxy.shape == (0, 4)
+    assert target.masks is not None
+    assert target.masks.shape == (0, 20, 30)
+    sample = _dataset(tmp_path).training_sample(1, torch.Generator())
+    assert sample.target is not None
+    assert len(sample.target) == 0
+
+
+def test_several_polygons_are_one_mask(tmp_path: Path) -> None:
+    content = tiny_content()
+    parts = [[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]]
+    content["annotations"] = [block(1, 5, 3, (0, 0, 14, 14), segmentation=parts)]
+    masks = _dataset(tmp_path, content).target(0).masks
+    assert masks is not None
+    expected = block_mask((20, 30), (0, 0, 4, 4)) + block_mask((20, 30), (10, 10, 14, 14))
+    assert np.array_equal(masks[0].numpy(), expected)
+
+
+def test_samples(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    sample = dataset.training_sample(2, torch.Generator())
+    assert sample.image_id == 11
+    assert sample.original_size == (20, 30)
+    assert sample.image.shape == (3, 20, 30)
+    assert sample.image.dtype == torch.uint8
+    with Image.open(tmp_path / "images" / "11.png") as file:
+        assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), np.asarray(file))
+    assert sample.target is not None
+    assert sample.target.boxes_xyxy.tolist() == [[2, 4, 12, 14], [10, 2, 30, 8]]
+    assert dataset.test_sample(2).target is None
+
+
+def test_resizing(tmp_path: Path) -> None:
+    data = PLAIN.model_copy(update={"shortest_edge_train": (40,), "shortest_edge_test": 10})
+    dataset = _dataset(tmp_path, data=data)
+    sample = dataset.training_sample(2, torch.Generator())
+    assert sample.image.shape == (3, 40, 60)
+    assert sample.target is not None
+    assert sample.target.boxes_xyxy.tolist() == [[4, 8, 24, 28], [20, 4, 60, 16]]
+    assert sample.target.masks is not None
+    assert sample.target.masks.sum(dim=(1, 2)).tolist() == [4 * 100, 4 * 120]
+    assert dataset.test_sample(2).image.shape == (3, 10, 15)
+    assert dataset.test_sizes() == [(10, 15)] * 3
+
+
+def test_augmentation_is_a_function_of_the_generator(tmp_path: Path) -> None:
+    data = DataConfig(shortest_edge_train=(20, 24), crop_shortest_edge=(20,), crop_size_range=(10, 15))
+    dataset = _dataset(tmp_path, data=data)
+    samples = [dataset.training_sample(2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2, 3, 4)]
+    assert torch.equal(samples[0].image, samples[1].image)
+    assert len({tuple(sample.image.flatten().tolist()) for sample in samples}) > 1
+
+
+def test_class_agnostic(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path, data=PLAIN.model_copy(update={"class_agnostic": True}))
+    assert dataset.class_names == ("object",)
+    assert dataset.num_classes == 1
+    assert dataset.category_ids == (1,)
+    assert dataset.target(2).labels.tolist() == [0, 0]
+
+
+def test_an_id_list_restricts_the_split(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path, image_ids=[11, 5])
+    assert dataset.image_ids == [5, 11]
+    (tmp_path / "images" / "8.png").unlink()  # not of this split: nobody misses it
+    assert len(_dataset_of(tmp_path, image_ids=[5])) == 1
+    with pytest.raises(DataError, match=r"image 6 of the id list is not in this file \(2 of 3 are not\).*train split"):
+        _dataset_of(tmp_path, image_ids=[5, 6, 7])
+
+
+def _dataset_of(folder: Path, **changes: Any) -> CocoDataset:
+    return CocoDataset(folder / "instances.json", folder / "images", data=PLAIN, split="train", **changes)
+
+
+def test_boxes_are_clipped_to_the_image(tmp_path: Path) -> None:
+    content = tiny_content()
+    content["annotations"] = [block(1, 5, 3, (0, 0, 1, 1), bbox=[-2.5, 1, 100, 30.5])]
+    assert _dataset(tmp_path, content).target(0).boxes_xyxy.tolist() == [[0, 1, 30, 20]]
+
+
+def test_boxes_without_any_masks(tmp_path: Path) -> None:
+    content = tiny_content()
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    dataset = _dataset(tmp_path, content)
+    assert dataset.target(2).masks is None
+    assert dataset.target(1).masks is None
+    sample = dataset.training_sample(2, torch.Generator())
+    assert sample.target is not None
+    assert sample.target.masks is None
+
+
+def test_no_annotations_at_all(tmp_path: Path) -> None:
+    content = tiny_content() | {"annotations": []}
+    dataset = _dataset(tmp_path, content)
+    assert dataset.num_instances == 0
+    assert dataset.target(0).masks is not None
+
+
+def test_what_is_kept_in_memory_is_not_changed(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    first = dataset.training_sample(2, torch.Generator())
+    expected = first.image.clone()
+    first.image.zero_()
+    assert first.target is not None
+    assert first.target.masks is not None
+    first.target.masks.zero_()
+    again = dataset.training_sample(2, torch.Generator())
+    assert torch.equal(again.image, expected)
+    assert again.target is not None
+    assert again.target.masks is not None
+    assert again.target.masks.any()
+
+
+def test_large_sets_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = _dataset(tmp_path)
+    assert small.load_image(0) is small.load_image(0)
+    monkeypatch.setattr(coco, "CACHE_BYTES", 3 * 3 * 20 * 30 - 1)
+    large = _dataset_of(tmp_path)
+    assert large.load_image(0) is not large.load_image(0)
+
+
+# RLE strings
+
+
+def test_rle_counts_by_hand() -> None:
+    # Below 16 a run is one character: 48 + run. 40 = 8 + 1 * 32 is two: 48 + 8 + 32 (more follows), then 48 + 1.
+    assert decode_rle_counts("345").tolist() == [3, 4, 5]
+    assert decode_rle_counts(chr(48 + 8 + 32) + "1").tolist() == [40]
+    assert decode_rle_counts("3451").tolist() == [3, 4, 5, 4 + 1]  # from the fourth on: the difference to two before
+    assert decode_rle_counts("345O").tolist() == [3, 4, 5, 4 - 1]  # 'O' - 48 = 31, all five bits set: -1
+    assert decode_rle_counts("").tolist() == []
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=400), st.integers(1, 20))
+def test_rle_counts_are_those_of_pycocotools(bits: list[int], height: int) -> None:
+    width = max(len(bits) // height, 1)
+    mask = np.resize(np.array(bits, dtype=np.uint8), (height, width))
+    runs = decode_rle_counts(rle_of(mask)["counts"])
+    back = np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
+    assert np.array_equal(back, mask)
+
+
+def test_long_runs() -> None:
+    mask = np.zeros((2000, 3000), dtype=np.uint8)
+    mask[1999, 2999] = mask[0, 0] = 1
+    assert decode_rle_counts(rle_of(mask)["counts"]).tolist() == [0, 1, 2000 * 3000 - 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ("3 4", "characters"),
+        ("3é", "characters"),
+        ("34p", "characters"),
+        ("34P", "cut off"),
+        ("P" * 13 + "0", "too long"),
+    ],
+)
+def test_malformed_rle_strings(counts: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_rle_counts(counts)
+
+
+# Malformed json
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def _annotation(**changes: Any) -> Change:
+    """Put one changed annotation (id 77 of image 5) into the content; a value of ... removes the key."""
+    return lambda content: content["annotations"].append(block(77, 5, 3, (1, 1, 5, 5), **changes))
+
+
+MALFORMED: dict[str, tuple[Change, str]] = {
+    "zero width": (
+        _annotation(bbox=[10, 20, 0, 15]),
+        r"file: annotation 77 \(image 5\): bbox \[10, 20, 0, 15\] has zero width; width and height must be above 0\. "
+        r"Correct or remove it, or set skip_invalid: true",
+    ),
+    "zero height": (_annotation(bbox=[1, 2, 3, 0]), "zero height"),
+    "negative width": (_annotation(bbox=[1, 2, -3, 4]), "negative width"),
+    "box of three": (_annotation(bbox=[1, 2, 3]), r"bbox is \[1, 2, 3\]; it must be \[x, y, width, height\]"),
+    "box of text": (_annotation(bbox=[1, 2, 3, "4"]), "bbox is"),
+    "no box": (_annotation(bbox=...), "bbox is None"),
+    "box of nan": (_annotation(bbox=[1, 2, 3, float("nan")]), "not finite"),
+    "box of huge integers": (_annotation(bbox=[1, 2, 3, 10**400]), "too large"),
+    "box outside": (_annotation(bbox=[30, 2, 3, 4]), "outside the image, which is 30 wide and 20 high"),
+    "mask of another size": (
+        _annotation(segmentation=rle_of(np.ones((30, 20)))),
+        r"annotation 77 \(image 5\): mask has size \[30, 20\], but the image is \[20, 30\]",
+    ),
+    "uncompressed mask too short": (
+        _annotation(segmentation={"size": [20, 30], "counts": [40, 20]}),
+        "covers 60 pixels, but the image has 20 x 30 = 600",
+    ),
+    "mask with a negative run": (_annotation(segmentation={"size": [20, 30], "counts": [-1, 601]}), "negative run"),
+    "mask with a huge run": (_annotation(segmentation={"size": [20, 30], "counts": [10**30]}), "too long"),
+    "mask without a pixel": (_annotation(segmentation={"size": [20, 30], "counts": [600]}), "has no pixel"),
+    "mask string cut off": (
+        _annotation(
+            segmentation={"size": [20, 30], "counts": rle_of(block_mask((20, 30), (2, 2, 9, 9)))["counts"][:-2]}
+        ),
+        "covers|cut off",
+    ),
+    "mask counts of another type": (_annotation(segmentation={"size": [20, 30], "counts": 5}), "counts are a int"),
+    "mask of text": (_annotation(segmentation="rle"), "segmentation is a str"),
+    "no polygon": (_annotation(segmentation=[]), "list of polygons is empty"),
+    "polygon of two points": (_annotation(segmentation=[[1, 1, 5, 5]]), "a polygon is 4 numbers"),
+    "polygon of odd length": (_annotation(segmentation=[[1, 1, 5, 5, 1, 5, 3]]), "a polygon is 7 numbers"),
+    "polygon of text": (_annotation(segmentation=[["1", 1, 5, 5, 1, 5]]), "something else than numbers"),
+    "flat polygon": (_annotation(segmentation=[1, 1, 5, 5, 1, 5]), "a polygon is a int"),
+    "polygon far away": (_annotation(segmentation=[[1, 1, 5e9, 5, 1, 5]]), "leaves the image"),
+    "polygon of infinity": (_annotation(segmentation=[[1, 1, float("inf"), 5, 1, 5]]), "leaves the image"),
+    "no mask": (_annotation(segmentation=...), r"annotation 77 \(image 5\): has no segmentation, but others"),
+    "unlisted category": (_annotation(category_id=4), r"category_id 4 is not listed in 'categories'; allowed: 3, 7"),
+    "unknown image": (_annotation(image_id=6), r"annotation 77 \(image 6\): image_id 6 is not listed in 'images'"),
+    "no image": (_annotation(image_id=...), "image_id None is not listed"),
+    "crowd of two": (_annotation(iscrowd=2), "iscrowd is 2; allowed: 0, 1"),
+    "negative area": (_annotation(area=-1), "area is -1"),
+    "duplicate annotation id": (_annotation(id=9), r"annotation 9 \(image 5\): its id is used twice"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_annotations(change: Change, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    content = tiny_content()
+    change(content)
+    with pytest.raises(DataError, match=message) as caught:
+        parse_annotations(content, "file")
+    assert "\n" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        read = parse_annotations(content, "file", skip_invalid=True)
+    assert len(read.skipped) == 1
+    assert "left out 1 malformed annotations" in caplog.text
+    assert [item.id for item in read.instances[5]] == [9]  # the others are all there
+    assert [item.id for item in read.instances[11]] == [1, 2]
+
+
+def test_the_number_of_faults_is_told() -> None:
+    content = tiny_content()
+    content["annotations"] += [block(70 + i, 5, 3, (1, 1, 5, 5), bbox=[1, 1, 0, 1]) for i in range(3)]
+    with pytest.raises(DataError, match=r"annotation 70 .* 3 annotations of the file are malformed\.$"):
+        parse_annotations(content, "file")
+
+
+def _entry(key: str, position: int, **changes: Any) -> Change:
+    return lambda content: content[key][position].update(changes)
+
+
+@pytest.mark.parametrize("skip_invalid", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.pop("images"), "file: has no list 'images'"),
+        (lambda content: content.update(annotations={}), "has no list 'annotations'"),
+        (lambda content: content.update(images=[]), "lists no image"),
+        (lambda content: content.update(categories=[]), "lists no category"),
+        (_entry("images", 0, id=5), "image id 5 is listed twice"),
+        (_entry("images", 0, id="11"), "entry 0 of 'images' has no whole number 'id'"),
+        (_entry("images", 0, height=0), r"image 11 \(11.png\): height 0 and width 30 must be whole numbers above 0"),
+        (_entry("images", 0, width=30.0), "must be whole numbers"),
+        (_entry("images", 0, file_name=None), "image 11: file_name is None"),
+        (_entry("categories", 0, id=3), "category id 3 is listed twice"),
+        (_entry("categories", 0, name=""), "category 7: name is ''"),
+        (_entry("annotations", 1, id=None), "entry 1 of 'annotations' has no whole number 'id'"),
+        (lambda content: content["annotations"].append(5), "entry 4 of 'annotations'"),
+    ],
+)
+def test_faults_that_are_never_skipped(change: Change, message: str, skip_invalid: bool) -> None:
+    content = tiny_content()
+    change(content)
+    with pytest.raises(DataError, match=message):
+        parse_annotations(content, "file", skip_invalid=skip_invalid)
+
+
+def test_not_an_object() -> None:
+    with pytest.raises(DataError, match="has no list 'categories'"):
+        parse_annotations([], "file")
+
+
+def test_unreadable_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(DataError, match=r"a\.json: cannot be read: No such file"):
+        coco.read_annotations(path)
+    path.write_text('{"images": [')
+    with pytest.raises(DataError, match=r"a\.json: is not valid json: .*line 1 column 13"):
+        coco.read_annotations(path)
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(DataError, match="is not valid json"):
+        coco.read_annotations(path)
+
+
+def test_skipping_is_counted_by_the_data_set(tmp_path: Path) -> None:
+    content = tiny_content()
+    content["annotations"].append(block(77, 5, 3, (1, 1, 5, 5), bbox=[1, 1, 0, 1]))
+    assert _dataset(tmp_path, content, PLAIN.model_copy(update={"skip_invalid": True})).num_skipped == 1
+
+
+# Images
+
+
+def test_a_missing_image_is_found_up_front(tmp_path: Path) -> None:
+    _dataset(tmp_path)
+    (tmp_path / "images" / "8.png").unlink()
+    with pytest.raises(DataError, match=r"instances.json: image 8: no file .*images/8.png\. .*train_image_ids\)\.$"):
+        _dataset_of(tmp_path)
+    (tmp_path / "images" / "5.png").unlink()
+    with pytest.raises(DataError, match=r"image 5: .* 2 of 3 files are missing\.$"):
+        _dataset_of(tmp_path)
+
+
+def test_images_in_folders_of_the_image_folder(tmp_path: Path) -> None:
+    content = tiny_content()
+    content["images"][0]["file_name"] = "sub/11.png"
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    assert _dataset(tmp_path, content).load_image(2).shape == (20, 30, 3)
+
+
+def test_the_image_folder_is_missing(tmp_path: Path) -> None:
+    annotations, images = write_set(tmp_path, tiny_content(), images=False)
+    images.rmdir()
+    with pytest.raises(DataError, match="cannot list the image folder of .*instances.json"):
+        CocoDataset(annotations, images, data=PLAIN, split="val")
+
+
+def test_an_image_of_another_size(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    Image.new("RGB", (20, 30)).save(tmp_path / "images" / "8.png")
+    with pytest.raises(DataError, match=r"image 8: .*8.png is 30 x 20 .* but the json says 20 x 30"):
+        dataset.test_sample(1)
+
+
+def _jpeg(path: Path, **options: Any) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+        path, "JPEG", **options
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300, 600])
+def test_a_damaged_jpeg_is_named_when_it_is_read(tmp_path: Path, keep: int) -> None:
+    dataset = _dataset(tmp_path)
+    path = tmp_path / "images" / "8.png"
+    _jpeg(path)
+    assert path.stat().st_size > 700
+    assert dataset.test_sample(1).image.shape == (3, 20, 30)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"instances.json: image 8: .*8.png: cannot be decoded: .*replace it") as caught:
+        _dataset_of(tmp_path).test_sample(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_png(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    path = tmp_path / "images" / "8.png"
+    content = bytearray(path.read_bytes())
+    content[60:80] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        dataset.test_sample(1)
+
+
+def test_an_image_that_disappears(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path)
+    (tmp_path / "images" / "8.png").unlink()
+    with pytest.raises(DataError, match="image 8: .*no such image file"):
+        dataset.test_sample(1)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_pixel_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (2, 3, 3)
+    assert image.dtype == np.uint8
+    assert (image == 255).all()
+
+
+def test_sixteen_bits_are_refused_rather_than_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((2, 3), 40_000, dtype=np.uint16)).save(path)
+    with pytest.raises(DataError, match="mode I;16 are not supported; save it with 8 bits"):
+        read_image(path)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    path = tmp_path / "a.jpg"
+    _jpeg(path, exif=exif)
+    assert read_image(path).shape == (30, 20, 3)
+
+
+# Finding and comparing sets
+
+
+def test_open_dataset(tmp_path: Path) -> None:
+    data = DataConfig(
+        dataset="shapes",
+        shapes_train_images=3,
+        shapes_val_images=2,
+        shapes_image_size=32,
+        shortest_edge_train=(32,),
+        shortest_edge_test=32,
+        crop_probability=0.0,
+    )
+    train, val = open_dataset(data, "train", tmp_path), open_dataset(data, "val", tmp_path)
+    assert (len(train), len(val)) == (3, 2)
+    assert set(train.image_ids).isdisjoint(val.image_ids)
+    check_same_classes(train, val)
+    for index in range(3):
+        sample = train.training_sample(index, torch.Generator().manual_seed(index))
+        assert sample.target is not None
+        assert 1 <= len(sample.target) <= 5
+
+
+def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+    first = _dataset(tmp_path / "a")
+    content = tiny_content()
+    content["categories"][0]["name"] = "lion"
+    with pytest.raises(
+        DataError, match=r"b/instances.json: categories differ from those of .*a/instances.json \(ids 7\)"
+    ):
+        check_same_classes(first, _dataset(tmp_path / "b", content))
+
+
+def test_masks_equal_those_of_pycocotools(tmp_path: Path) -> None:
+    """A jagged polygon, by our reader and by pycocotools alone."""
+    draws = np.random.default_rng(3)
+    content = tiny_content()
+    polygons = [(draws.uniform(0, 1, (9, 2)) * (30, 20)).flatten().tolist() for _ in range(8)]
+    content["annotations"] = [block(i + 1, 5, 3, (0, 0, 30, 20), segmentation=[p]) for i, p in enumerate(polygons)]
+    masks = _dataset(tmp_path, content).target(0).masks
+    assert masks is not None
+    for mask, polygon in zip(masks.numpy(), polygons):
+        assert rle_of(mask)["counts"] == coco_mask.frPyObjects([polygon], 20, 30)[0]["counts"].decode()
+
+
+def test_json_survives_the_reader(tmp_path: Path) -> None:
+    content = tiny_content()
+    before = json.dumps(content)
+    parse_annotations(content, "file")
+    assert json.dumps(content) == before

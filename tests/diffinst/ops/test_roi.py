@@ -1,0 +1,173 @@
+import pytest
+import torch
+from helpers import load_fixture
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torchvision.ops import roi_align
+
+from diffinst.ops import roi
+from diffinst.ops.roi import assign_levels, pool_boxes
+
+STRIDES = (4, 8, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def ops() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in load_fixture("ops").items() if array.ndim}
+
+
+def make_pyramid(batch_size=2, channels=3, height=64, width=96, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch_size, channels, height // s, width // s, generator=generator, dtype=dtype) for s in STRIDES
+    ]
+
+
+def make_boxes(batch_size=2, num_boxes=30, dtype=torch.float32):
+    """Boxes of all sizes, many of them partly or wholly outside of the image."""
+    generator = torch.Generator().manual_seed(1)
+    size = 10 ** (torch.rand(batch_size, num_boxes, 2, generator=generator, dtype=dtype) * 3)
+    corner = torch.rand(batch_size, num_boxes, 2, generator=generator, dtype=dtype) * 150 - 40
+    return torch.cat([corner, corner + size], dim=-1)
+
+
+def pool_one_by_one(pyramid, strides, boxes_xyxy, resolution, sampling_ratio):
+    """The obvious way: box by box, each with torchvision's operator on its level."""
+    pooled = []
+    for image, boxes in enumerate(boxes_xyxy):
+        for box in boxes:
+            level = int(assign_levels(box[None]))
+            pooled.append(
+                roi_align(
+                    pyramid[level][image][None],
+                    [box[None]],
+                    resolution,
+                    1 / strides[level],
+                    sampling_ratio,
+                    aligned=True,
+                )
+            )
+    return torch.cat(pooled)
+
+
+def force_path(monkeypatch, path):
+    """Both ways of pooling run on the CPU when asked by name."""
+    monkeypatch.setattr(roi, "_pool_by_bags", getattr(roi, path))
+
+
+@pytest.fixture(params=["_pool_by_bags", "_pool_by_level"])
+def path(request, monkeypatch):
+    force_path(monkeypatch, request.param)
+    return request.param
+
+
+def test_levels_by_hand():
+    # 224 px -> p4 (index 2), each halving one level down; log2 just below a whole number falls to the level below.
+    sizes = torch.tensor([0.0, 1.0, 56.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 1e6])
+    boxes = torch.stack([torch.zeros(10), torch.zeros(10), sizes, sizes], dim=1)
+    assert assign_levels(boxes).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_levels_parity(ops):
+    assert assign_levels(ops["lvl_boxes"]).tolist() == ops["lvl_levels"].tolist()
+    assert assign_levels(ops["roi_boxes"]).flatten().tolist() == ops["roi_levels"].tolist()
+
+
+def test_levels_of_impossible_boxes():
+    inf, nan = float("inf"), float("nan")
+    boxes = torch.tensor([[0.0, 0, inf, inf], [nan, 0, 1, 1], [5, 5, 1, 1], [-3e38, -3e38, 3e38, 3e38]])
+    assert assign_levels(boxes).tolist() == [3, 0, 0, 3]
+
+
+def test_pool_by_hand(path):
+    # A plane f(x, y) = x + 10 y, pixel centres at stride 4: sampling a plane gives the plane at the cell centres.
+    height, width = 16, 24
+    plane = torch.arange(width)[None] + 10.0 * torch.arange(height)[:, None]
+    box = torch.tensor([[[16.0, 8.0, 48.0, 40.0]]])  # in feature pixels x 4..12, y 2..10, less half a pixel
+    pooled = pool_boxes([plane[None, None]], [4], box, resolution=2, sampling_ratio=2)
+    # cells 4 px wide: centres at x = 3.5 + 2, 3.5 + 6 and y = 1.5 + 2, 1.5 + 6
+    assert_close(pooled, torch.tensor([[[[5.5 + 35, 9.5 + 35], [5.5 + 75, 9.5 + 75]]]]))
+
+
+def test_pool_parity(ops, path):
+    pyramid = [ops[f"roi_p{level}"] for level in (2, 3, 4, 5)]
+    pooled = pool_boxes(pyramid, STRIDES, ops["roi_boxes"], resolution=7, sampling_ratio=2)
+    assert_close(pooled, ops["roi_out"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("resolution", "sampling_ratio"), [(7, 2), (14, 1), (3, 3)])
+def test_pool_equals_one_by_one(path, resolution, sampling_ratio):
+    pyramid, boxes = make_pyramid(), make_boxes()
+    pooled = pool_boxes(pyramid, STRIDES, boxes, resolution=resolution, sampling_ratio=sampling_ratio)
+    expected = pool_one_by_one(pyramid, STRIDES, boxes, resolution, sampling_ratio)
+    assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pool_gradients_equal_one_by_one(path):
+    boxes = make_boxes(dtype=torch.float64)
+    gradients = []
+    for pool in (
+        lambda levels: pool_boxes(levels, STRIDES, boxes),
+        lambda levels: pool_one_by_one(levels, STRIDES, boxes, 7, 2),
+    ):
+        pyramid = [level.requires_grad_() for level in make_pyramid(dtype=torch.float64)]
+        pooled = pool(pyramid)
+        weights = torch.linspace(-1, 1, pooled.numel(), dtype=torch.float64).reshape(pooled.shape)
+        (pooled * weights).sum().backward()
+        gradients.append([level.grad for level in pyramid])
+    assert_close(gradients[0], gradients[1])
+
+
+def test_pool_reads_channels_last_alike(path):
+    pyramid, boxes = make_pyramid(channels=8), make_boxes()
+    strided = [level.contiguous(memory_format=torch.channels_last) for level in pyramid]
+    assert_close(pool_boxes(strided, STRIDES, boxes), pool_boxes(pyramid, STRIDES, boxes))
+
+
+def test_pool_survives_boxes_that_are_not_finite(path):
+    inf, nan = float("inf"), float("nan")
+    boxes = torch.tensor([[[nan, nan, nan, nan], [-inf, -inf, inf, inf], [0, 0, inf, 5], [3e38, 0, -3e38, 9]]])
+    pooled = pool_boxes(make_pyramid(batch_size=1), STRIDES, boxes)
+    assert pooled.isfinite().all()
+
+
+def test_pool_without_boxes(path):
+    assert pool_boxes(make_pyramid(), STRIDES, torch.zeros(2, 0, 4)).shape == (2 * 0, 3, 7, 7)
+
+
+def test_pool_waits_for_nothing(path):
+    # The meta device has no values: whatever would need one on the host raises.
+    pyramid = [level.to("meta") for level in make_pyramid()]
+    assert pool_boxes(pyramid, STRIDES, make_boxes().to("meta")).shape == (60, 3, 7, 7)
+
+
+@given(st.integers(1, 3), st.integers(0, 6))
+def test_pool_of_batch_equals_images(batch_size, num_boxes):
+    pyramid, boxes = make_pyramid(batch_size), make_boxes(batch_size, num_boxes)
+    alone = [pool_boxes([level[i : i + 1] for level in pyramid], STRIDES, boxes[i : i + 1]) for i in range(batch_size)]
+    assert_close(pool_boxes(pyramid, STRIDES, boxes), torch.cat(alone))
+
+
+def test_missing_compiled_operators_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.ops, "torchvision", object())
+    with pytest.raises(ImportError, match="compiled operators .* install the torchvision release"):
+        roi.require_compiled_ops()
+
+
+def test_pool_in_half_precision():
+    pyramid, boxes = make_pyramid(channels=8), make_boxes()
+    half = [level.bfloat16().requires_grad_() for level in pyramid]
+    pooled = pool_boxes(half, STRIDES, boxes)
+    assert pooled.dtype == torch.bfloat16
+    exact = pool_boxes([level.detach().float() for level in half], STRIDES, boxes)
+    assert_close(pooled, exact.bfloat16())
+    pooled.sum().backward()
+    assert half[0].grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_pool_on_a_gpu_equals_cpu():
+    pyramid, boxes = make_pyramid(), make_boxes()
+    pooled = pool_boxes([level.cuda() for level in pyramid], STRIDES, boxes.cuda())
+    assert_close(pooled.cpu(), pool_boxes(pyramid, STRIDES, boxes), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffinst import checkpoint as module
+from diffinst.checkpoint import load_checkpoint, load_model_weights, replacing, save_checkpoint
+from diffinst.config import Config, ModelConfig, TrainConfig
+from diffinst.errors import CheckpointError
+
+CONFIG = Config(model=ModelConfig(num_classes=3, mask_head_channels=(4,)), train=TrainConfig(learning_rate=1e-3))
+
+
+def small_model(*, width: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "some.safetensors"
+    save_checkpoint(
+        path,
+        model=small_model().state_dict(),
+        config=CONFIG,
+        iteration=42,
+        class_names=("disc", "Viereck ü"),
+        optimizer={"0.weight/exp_avg": torch.arange(3.0), "0.weight/step": torch.tensor(7.0)},
+    )
+    return path
+
+
+def test_goes_around(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    assert checkpoint.path == saved
+    assert checkpoint.config == CONFIG
+    assert checkpoint.iteration == 42
+    assert checkpoint.class_names == ("disc", "Viereck ü")
+    expected = small_model().state_dict()
+    assert checkpoint.model.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(checkpoint.model[name], value)
+        assert checkpoint.model[name].dtype == value.dtype  # the batch norm counts in int64
+    assert checkpoint.optimizer["0.weight/exp_avg"].tolist() == [0, 1, 2]
+    assert checkpoint.optimizer["0.weight/step"].shape == ()
+
+
+def test_loads_into_a_model(saved: Path) -> None:
+    model = small_model()
+    nn.init.zeros_(model[0].weight)
+    load_model_weights(model, load_checkpoint(saved))
+    assert torch.equal(model[0].weight, small_model()[0].weight)
+
+
+def test_views_and_strides_do_not_matter(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    save_checkpoint(tmp_path / "c", model={"a": base.T, "b": base[1:]}, config=CONFIG, iteration=0)
+    found = load_checkpoint(tmp_path / "c").model
+    assert torch.equal(found["a"], base.T)
+    assert torch.equal(found["b"], base[1:])
+
+
+class TestAtomicWriting:
+    def test_failed_write_leaves_the_old_file(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(tensors: object, path: Path, metadata: object) -> None:
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+
+        before = saved.read_bytes()
+        monkeypatch.setattr(module, "save_file", fail)
+        with pytest.raises(CheckpointError, match="cannot write the checkpoint .No space left.*same command again"):
+            save_checkpoint(saved, model={}, config=CONFIG, iteration=43)
+        assert saved.read_bytes() == before
+
+    def test_left_over_of_a_killed_writer_is_overwritten(self, saved: Path) -> None:
+        (saved.parent / "some.safetensors.tmp").write_bytes(b"half of a checkpoint")
+        save_checkpoint(saved, model={}, config=CONFIG, iteration=43)
+        assert load_checkpoint(saved).iteration == 43
+        assert [path.name for path in saved.parent.iterdir()] == ["some.safetensors"]
+
+    def test_content_is_on_disk_before_the_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        events: list[str] = []
+        fsync, replace = os.fsync, Path.replace
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor)))
+        monkeypatch.setattr(Path, "replace", lambda path, target: (events.append("replace"), replace(path, target)))
+        with replacing(tmp_path / "file") as temporary:
+            temporary.write_text("content")
+        assert events == ["fsync", "replace", "fsync"]
+        assert (tmp_path / "file").read_text() == "content"
+
+
+class TestErrors:
+    def error_of(self, path: Path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+        return message
+
+    def test_missing(self, tmp_path: Path) -> None:
+        assert "no such checkpoint" in self.error_of(tmp_path / "nothing.safetensors")
+
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+    def test_truncated(self, saved: Path, share: float) -> None:
+        content = saved.read_bytes()
+        saved.write_bytes(content[: int(share * len(content))])
+        message = self.error_of(saved)
+        assert "truncated, corrupt or not a checkpoint" in message
+        assert "Delete it" in message
+
+    def test_something_else(self, tmp_path: Path) -> None:
+        path = tmp_path / "photo.jpg"
+        path.write_bytes(b"\xff\xd8\xff\xe0 not tensors at all")
+        assert "not a checkpoint" in self.error_of(path)
+
+    def test_tensors_of_another_program(self, tmp_path: Path) -> None:
+        path = tmp_path / "other.safetensors"
+        save_file({"weight": torch.zeros(2)}, path)
+        assert "no checkpoint of this program" in self.error_of(path)
+
+    def test_newer_format(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+        assert "checkpoint format 1, this version reads 2" in self.error_of(saved)
+
+    def test_configuration_of_another_version(self, saved: Path) -> None:
+        tensors = load_file(saved)
+        changed = CONFIG.model_dump_json().replace('"num_stages"', '"stages"')
+        metadata = {"diffinst_format": "1", "config": changed, "iteration": "1", "class_names": "[]"}
+        save_file(tensors, saved, metadata=metadata)
+        assert "not valid in this version (model.stages: Extra inputs" in self.error_of(saved)
+
+    def test_another_model(self, saved: Path) -> None:
+        model = small_model(width=5)
+        before = model[0].weight.clone()
+        with pytest.raises(CheckpointError) as caught:
+            load_model_weights(model, load_checkpoint(saved))
+        assert "checkpoint of another model: 0.weight is (4, 3) instead of (5, 3); 0.bias is (4,) " in str(caught.value)
+        assert "and 3 more. Use the model configuration stored in the checkpoint" in str(caught.value)
+        assert torch.equal(model[0].weight, before)
+
+    def test_other_names(self, saved: Path) -> None:
+        with pytest.raises(CheckpointError, match="1.bias is unknown to the model"):
+            load_model_weights(nn.Sequential(nn.Linear(3, 4), nn.Identity()), load_checkpoint(saved))
+        with pytest.raises(CheckpointError, match=r"2.weight is missing; 2.bias is missing\. Use"):
+            load_model_weights(small_model().append(nn.Linear(4, 1)), load_checkpoint(saved))

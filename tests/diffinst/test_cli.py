@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffinst.checkpoint import load_checkpoint
+from diffinst.cli import main, override_config, read_config
+from diffinst.config import Config
+from diffinst.errors import ConfigError
+
+CONFIG = """\
+model:
+  backbone: tiny
+  num_stages: 1
+  hidden_dim: 32
+  dim_feedforward: 32
+  dim_dynamic: 8
+  num_attention_heads: 2
+  mask_branch_channels: 16
+  mask_branch_layers: 1
+sampler: {num_proposals: 6, max_detections: 5}
+train:
+  iterations: 2
+  batch_size: 2
+  warmup_iterations: 0
+  schedule_steps: []
+  num_train_proposals: 8
+data:
+  shapes_train_images: 4
+  shapes_val_images: 2
+  shapes_image_size: 32
+  shortest_edge_train: [32]
+  shortest_edge_test: 32
+  crop_probability: 0.0
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFINST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_train_evaluate_predict(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "config.yaml", "--out", "run", "--device", "cpu", "--set", "iterations=1"]) == 0
+    checkpoint = config_file.parent / "run/model.safetensors"
+    assert load_checkpoint(checkpoint).iteration == 1
+    assert load_checkpoint(checkpoint).config.model.num_classes == 4
+    assert "wrote run/model.safetensors" in capsys.readouterr().out.replace("\n", "")
+
+    evaluate = ["evaluate", "run/model.safetensors", "--out", "scores", "--device", "cpu"]
+    assert main(evaluate) == 0
+    first = capsys.readouterr().out
+    metrics = json.loads((config_file.parent / "scores/metrics.json").read_text())
+    assert set(metrics["metrics"]) >= {"segm/AP", "bbox/AP", "segm/AP50", "bbox/ARl"}
+    assert "segm/AP " in first
+    assert main([*evaluate, "--set", "sampling_steps=2"]) == 0
+    assert len(list((config_file.parent / "scores").glob("predictions-*"))) == 2
+
+    photographs = next((config_file.parent / "cache").glob("*/val"))
+    assert main(["predict", "run/model.safetensors", str(photographs), "--out", "drawn", "--device", "cpu"]) == 0
+    assert len(list((config_file.parent / "drawn").glob("*.png"))) == 2
+    assert json.loads((config_file.parent / "drawn/predictions.json").read_text())
+    assert "drew 2 photographs" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_classes_is_refused(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["train", "config.yaml", "--out", "run", "--device", "cpu", "--set", "iterations=1"])
+    capsys.readouterr()
+    arguments = ["evaluate", "run/model.safetensors", "--out", "scores", "--set", "class_agnostic=true"]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    assert "made for 4 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "gone.yaml", "--out", "x"], "gone.yaml: cannot be read (No such file or directory)"),
+        (["train", "config.yaml", "--out", "x", "--set", "iteration=3"], "Did you mean 'iterations'?"),
+        (["train", "config.yaml", "--out", "x", "--set", "iterations"], "needs the form KEY=VALUE"),
+        (["train", "config.yaml", "--out", "x", "--device", "gpu"], "--device gpu: not a device"),
+        (["train", "config.yaml", "--out", "x", "--set", "num_classes=7"], "but the data set has 4 classes"),
+        (["evaluate", "gone.safetensors", "--out", "x"], "gone.safetensors: no such checkpoint"),
+        (["predict", "gone.safetensors", "gone.jpg", "--out", "x"], "gone.jpg: no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    config_file: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (config_file.parent / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sampler: {sampling_step: 1}", r"sampler.sampling_step: unknown key. Did you mean 'sampling_steps'\?"),
+        ("samplers: {}", r"samplers: unknown key. Did you mean 'sampler'\?"),
+        ("train: {learning_rate: 1e-4}", "train.learning_rate: .* YAML reads 1e-4 as text: write 0.0001"),
+        ("train: {batch_size: 0}", "train.batch_size: .*greater than or equal to 1"),
+        ("- 1", "must be a mapping with the sections model, sampler, train, data"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path, [])
+
+
+def test_an_empty_configuration_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\nmodel:\n")
+    assert read_config(path, []) == Config()
+
+
+def test_overrides_are_yaml_bare_or_dotted() -> None:
+    changed = override_config(Config(), ["sampler.eta=0.5", "num_proposals=7", "nms_iou_threshold=null"])
+    assert (changed.sampler.eta, changed.sampler.num_proposals, changed.sampler.nms_iou_threshold) == (0.5, 7, None)
+    assert override_config(Config(), []) == Config()
+
+
+def test_what_a_checkpoint_fixes_cannot_be_set() -> None:
+    with pytest.raises(ConfigError, match="the checkpoint fixes it. Allowed are fields of sampler, data"):
+        override_config(Config(), ["num_stages=2"], allowed=("sampler", "data"))
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from diffinst.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
