@@ -34,7 +34,7 @@ class ModelConfig(Section):
     backbone: BackboneName = "resnet50"
     backbone_weights: str = Field(
         default="none",
-        description="'none' (random), 'imagenet' (only where an installable package carries them), or a safetensors file",
+        description="'none' (random), 'imagenet' (where an installable package carries them), or a safetensors file",
     )
     freeze_at: Annotated[int, Field(ge=0, le=5)] = Field(
         default=2, description="ResNet stages frozen in training: 0 none, 1 stem, 2 stem and res2, ..."
@@ -76,7 +76,7 @@ class ModelConfig(Section):
 
 
 class SamplerConfig(Section):
-    """Inference: how boxes are denoised and which detections are kept. Changing any of it never needs a new training."""
+    """Inference: how boxes are denoised and which detections are kept. Changing it never needs a new training."""
 
     sampling_steps: Annotated[int, Field(ge=1, le=1000)] = 1
     num_proposals: PositiveInt = 500

@@ -1,7 +1,7 @@
 """What is passed between the parts: small typed structures, a shape per field.
 
-Legend: B images, N proposals, M ground-truth instances of an image, G the largest M of a batch, K classes, S head stages,
-P filter parameters of the dynamic mask head, C channels, (H, W) the padded network input, D kept detections.
+Legend: B images, N proposals, M ground-truth instances of an image, G the largest M of a batch, K classes, S head
+stages, P filter parameters of the dynamic mask head, C channels, (H, W) the padded network input, D kept detections.
 Boxes are xyxy in pixels of the resized, unpadded image unless a name says otherwise; sizes are (height, width).
 """
 
@@ -83,7 +83,8 @@ class Target(_Movable):
 class HeadOutput(_Movable):
     """Predictions of every stage of the box head.
 
-    class_logits: (S, B, N, K). boxes_xyxy: (S, B, N, 4) pixels, not clipped. mask_params: (S, B, N, P), None without masks.
+    class_logits: (S, B, N, K). boxes_xyxy: (S, B, N, 4) pixels, not clipped. mask_params: (S, B, N, P), None without
+    masks.
     """
 
     class_logits: Tensor
