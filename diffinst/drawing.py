@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -48,6 +48,26 @@ def colour_of(label: int) -> Colour:
     target, share = (255, 0.45) if tone == 1 else (0, 0.4)
     red, green, blue = (round(channel + (target - channel) * share) for channel in base)
     return red, green, blue
+
+
+def enlarge(image: np.ndarray, detections: Detections, shortest_side: int) -> tuple[np.ndarray, Detections]:
+    """Repeat pixels of a small picture, so that labels do not cover what they name.
+
+    Args:
+        image: (height, width, 3) uint8 RGB.
+        detections: in pixels of this image.
+        shortest_side: the whole factor is the least that makes the shorter side this long.
+    Returns:
+        Image and detections, each pixel `factor` x `factor` pixels; the given ones if the image is large enough.
+    """
+    factor = -(-shortest_side // min(image.shape[:2]))
+    if factor <= 1:
+        return image, detections
+    masks = detections.masks
+    if masks is not None:
+        masks = masks.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    larger = replace(detections, boxes_xyxy=detections.boxes_xyxy * factor, masks=masks)
+    return image.repeat(factor, axis=0).repeat(factor, axis=1), larger
 
 
 def draw_detections(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from diffinst.checkpoint import replacing
 from diffinst.config import DataConfig, SamplerConfig
 from diffinst.data.coco import read_image
 from diffinst.data.transforms import plan_test, transform_image
-from diffinst.drawing import draw_detections
+from diffinst.drawing import draw_detections, enlarge
 from diffinst.engine.inference import detect
 from diffinst.errors import DataError
 from diffinst.model import DiffusionInst
@@ -27,6 +28,7 @@ RESULTS_NAME = "predictions.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _KEEPS_ITS_FORMAT = {".jpg", ".jpeg"}  # everything else is written as PNG
 _COORDINATE_DIGITS = 2
+_SHORTEST_DRAWN_SIDE = 360  # pixels; smaller pictures are drawn enlarged, results stay in the file's own pixels
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def find_photographs(inputs: Iterable[Path]) -> list[Photograph]:
     seen: set[Path] = set()
     for given in inputs:
         if not given.exists():
-            raise DataError(f"{given}: no such file or folder")
+            raise DataError(f"{given}: no such file or folder. Check the path")
         inside = [path for path in sorted(given.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
         if given.is_dir() and not inside:
             raise DataError(f"{given}: no image in this folder. Looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -86,6 +88,8 @@ def predict(
 ) -> Path:
     """Detect on photographs one by one; write each with its detections drawn, and all detections as COCO results.
 
+    Small photographs are drawn enlarged; the results are in the file's own pixels.
+
     Args:
         model: on its device; set to evaluation mode.
         photographs: from `find_photographs`.
@@ -98,26 +102,37 @@ def predict(
     Returns:
         Path of the results: a JSON list of COCO results with file names and class names; category id is label plus 1.
     Raises:
-        DataError: a file is damaged or no image; nothing is written for it or those after it.
+        DataError: a file is damaged or no image; nothing is written for it or those after it. Or the folder cannot be
+            written.
     """
     model.eval()
     results: list[dict[str, Any]] = []
-    try:
+    with _writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out_dir}: cannot be made ({error.strerror}). Choose a folder that can be written") from error
     for photograph in photographs:
         image = read_image(photograph.path)
         detections = detect_image(model, image, photograph.image_id, data=data, settings=settings)
-        drawn = draw_detections(image, detections, class_names, score_threshold=draw_threshold)
-        _write_image(out_dir / photograph.output, drawn)
+        drawn = draw_detections(
+            *enlarge(image, detections, _SHORTEST_DRAWN_SIDE), class_names, score_threshold=draw_threshold
+        )
+        with _writing(out_dir):
+            _write_image(out_dir / photograph.output, drawn)
         results.extend(coco_results(detections, photograph, class_names))
         if on_image is not None:
             on_image(photograph, detections)
     path = out_dir / RESULTS_NAME
-    with replacing(path) as temporary:
+    with _writing(out_dir), replacing(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{folder}: cannot be written ({reason}). Choose a folder that can, with --out DIR") from error
 
 
 def detect_image(

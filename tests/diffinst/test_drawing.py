@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffinst.drawing import PALETTE, _contour, _ink_on, colour_of, draw_detections
+from diffinst.drawing import PALETTE, _contour, _ink_on, colour_of, draw_detections, enlarge
 from diffinst.structures import Detections
 
 
@@ -109,3 +109,20 @@ def test_wrong_images_and_masks_are_refused() -> None:
         draw_detections(_image().astype(np.float32), found)
     with pytest.raises(ValueError, match=r"masks are \(80, 120\), the image is \(40, 40\)"):
         draw_detections(_image(40, 40), found)
+
+
+def test_a_small_picture_is_enlarged_by_a_whole_factor() -> None:
+    image, found = _image(), _detections([[20, 30, 60, 70]], labels=[1], scores=[0.9])
+    larger, moved = enlarge(image, found, 200)  # 80 x 3 = 240 is the least multiple from 200 on
+    assert larger.shape == (240, 360, 3)
+    assert (larger[::3, ::3] == image).all()
+    assert (larger[2::3, 2::3] == image).all()
+    assert moved.boxes_xyxy.tolist() == [[60, 90, 180, 210]]
+    assert found.boxes_xyxy.tolist() == [[20, 30, 60, 70]]
+    assert found.masks is not None
+    assert moved.masks is not None
+    assert int(moved.masks.sum()) == 9 * int(found.masks.sum())
+    assert moved.masks[0, 90:210, 60:180].all()
+    same_image, same = enlarge(image, found, 80)
+    assert same_image is image
+    assert same is found
