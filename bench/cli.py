@@ -17,8 +17,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.errors import StoreError, SuiteError
-from bench.plan import PastNode, Plan, PlanLine, build_plan, describe_plan, duration_text, total_s
+from bench.errors import RecordError, StoreError, SuiteError
+from bench.plan import (
+    PastNode,
+    Plan,
+    PlanLine,
+    build_plan,
+    describe_plan,
+    duration_text,
+    needed_nodes,
+    past_of_record,
+    total_s,
+)
+from bench.record import load_record
 from bench.store import Store
 from bench.suite import Suite, load_suite
 from diffinst.errors import DiffInstError
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _ROOT_VARIABLE = "DIFFINST_DATASETS"
+_ROOTLESS = ("shapes", "custom")  # generated, or found by the suite's own paths
 _FILE_WIDTH = 160
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
@@ -54,7 +66,10 @@ def run_suite(
         str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="loading processes in a training; default: the suite's")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="processes that load images for a training or prediction; default: the suite's"
+        ),
     ] = None,
 ) -> None:
     """Train and evaluate what SUITE describes, then print its tables; what is stored already is not computed again."""
@@ -65,7 +80,7 @@ def run_suite(
     built = build_plan(checked, only=only, data_root=root, device=device, num_workers=workers)
     store = Store(results)
     if plan:
-        _print_plan(checked, built, describe_plan(built, store.is_done, _past_nodes(store)))
+        _print_plan(checked, built, describe_plan(built, store.is_done, _past_nodes(store), store.unfinished))
         return
     raise typer.Exit(_run(checked, built, store, root))
 
@@ -95,7 +110,18 @@ def _data_root(given: Path | None) -> Path | None:
     return root
 
 
+def _check_data_root(suite: Suite, plan: Plan, store: Store) -> None:
+    """Refuse to start where a data set has to be found and nobody said where."""
+    for node in needed_nodes(plan, store.is_done):
+        name = node.options["config"]["data"]["dataset"]
+        if name not in _ROOTLESS:
+            message = f"no folder is given that holds '{name}'. Give it with --data-root DIR or {_ROOT_VARIABLE}=DIR"
+            raise SuiteError(message, file=suite.path, key="data.dataset")
+
+
 def _run(suite: Suite, plan: Plan, store: Store, data_root: Path | None) -> int:
+    if data_root is None:
+        _check_data_root(suite, plan, store)
     # Loaded here: showing a plan needs none of it.
     from rich.console import Console
 
@@ -106,8 +132,6 @@ def _run(suite: Suite, plan: Plan, store: Store, data_root: Path | None) -> int:
         private = {str(data_root.absolute()): "<data-root>", str(data_root): "<data-root>"}
     command = ["run-suite", *(shlex.quote(argument) for argument in sys.argv[1:])]
     outcome = run_plan(plan, store, command=command, private=private)
-    for reason in dict.fromkeys(failure.reason for failure in outcome.failures.values() if failure.category == "user"):
-        print(f"run-suite: {reason}", file=sys.stderr)
     if outcome.records and not outcome.interrupted:
         # Into a file or a pipe, tables are as wide as they need: nobody's window limits them.
         width = None if sys.stdout.isatty() else _FILE_WIDTH
@@ -117,7 +141,10 @@ def _run(suite: Suite, plan: Plan, store: Store, data_root: Path | None) -> int:
     counts = [f"{len(outcome.ok)} of {total} runs ok"]
     counts += [f"{len(outcome.failed)} failed"] * bool(outcome.failed)
     counts += [f"{left} not finished: the same command goes on"] * bool(left)
-    print(f"run-suite: {suite.name}: {', '.join(counts)}")
+    print(f"run-suite: {suite.name}: {', '.join(counts)}", flush=True)
+    # Last, where it is seen: what the user can put right.
+    for reason in dict.fromkeys(failure.reason for failure in outcome.failures.values() if failure.category == "user"):
+        print(f"run-suite: {reason}", file=sys.stderr)
     return outcome.exit_code
 
 
@@ -141,12 +168,29 @@ def _report(suite: Suite, plan: Plan, store: Store, machine: str, console: Conso
 
 
 def _past_nodes(store: Store) -> list[PastNode]:
-    """What this results folder has computed before; damaged entries are no basis for an estimate."""
+    """What was computed before: nodes of this results folder, and records of this machine, which come with a clone.
+
+    What is damaged is no basis for an estimate; nor is the last part of a node that was resumed.
+    """
     found = []
     for path in sorted(store.nodes_folder.glob("*/done.json")):
         with contextlib.suppress(StoreError):
             if (done := store.result(path.parent.name)) is not None:
-                found.append(PastNode(done.kind, done.spec, done.duration_s))
+                duration_s = done.duration_s if done.attempts == 1 else None
+                found.append(PastNode(done.kind, done.spec, duration_s, tuple(done.inputs)))
+    paths = sorted(store.root.glob("[!.]*/*/*.json"))
+    if not paths:
+        return found
+    # Only where there is something to compare with, as it asks several programs.
+    from bench.measure.environment import machine_environment
+
+    machine = machine_environment()["machine"]
+    for path in paths:
+        if path.parent.name == machine:
+            with contextlib.suppress(RecordError, KeyError):  # damaged, or of a configuration with other fields
+                record = load_record(path)
+                durations_s = {kind: run.duration_s for kind, run in record.node_runs.items() if run.attempts == 1}
+                found += past_of_record(record.config, record.measure, record.nodes, durations_s)
     return found
 
 

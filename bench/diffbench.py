@@ -1,4 +1,4 @@
-"""diffbench: tables and plots out of stored records. Needs neither the model nor the data."""
+"""diffbench: tables, plots and data frames out of stored records. Needs neither the model nor the data."""
 
 from __future__ import annotations
 
@@ -91,7 +91,32 @@ def plot(
     report = _Report(suite, results, machine, overrides or [], only, data_root)
     for name, selection in report.selections.items():
         _show(name, selection)
-        _list(write_plots(build_plots(selection.records, report.plots), report.folder(name, out)))
+        plots = build_plots(selection.records, report.plots)
+        if not plots:
+            typer.echo("note: nothing to plot: no axis has several values, or nothing was measured")
+        _list(write_plots(plots, report.folder(name, out)))
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="a results folder, or a suite's or a machine's folder in it")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.csv", help="where the rows go; default: printed")
+    ] = None,
+) -> None:
+    """Write all records below FOLDER as one CSV: a row each, a column per axis and metric, in the records' units."""
+    from bench.report.frames import read_folder, to_csv_text, to_frame, write_csv
+
+    if out is not None and out.suffix != ".csv":
+        raise BenchError(f"--out {out}: is not allowed. Allowed: a file name that ends in .csv")
+    frame = to_frame(read_folder(folder))
+    if out is None:
+        sys.stdout.write(to_csv_text(frame))
+        return
+    write_csv(frame, out)
+    typer.echo(f"wrote {out}: {len(frame)} records, {len(frame.columns)} columns")
 
 
 class _Report:

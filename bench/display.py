@@ -1,4 +1,4 @@
-"""What a person sees of a running suite: a line per finished node and run, and a live bar when it is a terminal."""
+"""What a person sees of a running suite: a line per training and run, and a live bar when it is a terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 _PLAIN_INTERVAL_S = 30.0  # between two lines about one node where there is no live bar
 
@@ -28,10 +29,13 @@ class Display:
         self._last_plain_s = 0.0
         self._live: tuple[Progress, TaskID, TaskID] | None = None
         if console.is_terminal and total:
+            wide = console.width >= 110
+            # A long label gives way: the bar and the times stay whole in a narrow window.
+            room = Column(max_width=max(20, console.width - (72 if wide else 54)), no_wrap=True, overflow="ellipsis")
             bars = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
+                TextColumn("{task.description}", markup=False, table_column=room),
+                BarColumn(bar_width=24 if wide else 6),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -62,7 +66,7 @@ class Display:
         self._last_plain_s = self._console.get_time()
         if self._live:
             bars, _, current = self._live
-            bars.reset(current, total=None, visible=True, description=self._label, text="")
+            bars.reset(current, total=None, visible=True, description=self._label, text="starting")
         elif kind == "train":
             self.line(f"[{self._started}/{self._total}] {self._label}: begun")
 
@@ -79,9 +83,11 @@ class Display:
         self._started += 1
         self._advance()
 
-    def node_finished(self, result: str, *, failed: bool = False) -> None:
+    def node_finished(self, result: str, *, failed: bool = False, quiet: bool = False) -> None:
+        """quiet: no line, as the line of the run that the node is for says it all."""
         self._advance()
-        self.line(f"[{self._started}/{self._total}] {self._label}: {result}", "bold red" if failed else None)
+        if not quiet:
+            self.line(f"[{self._started}/{self._total}] {self._label}: {result}", "bold red" if failed else None)
 
     def _advance(self) -> None:
         if self._live:

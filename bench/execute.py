@@ -29,27 +29,33 @@ from rich.console import Console
 from bench.display import Display
 from bench.errors import BenchError
 from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, machine_environment
-from bench.plan import Cell, Node, Plan
+from bench.plan import Cell, Node, Plan, needed_nodes
 from bench.record import Metric, NodeRun, RunRecord, metric, scrub
-from bench.store import NodeResult, Store
+from bench.store import NodeResult, Store, now_text
 from bench.suite import METRICS
 
 WORKER_COMMAND = (sys.executable, "-m", "bench.worker")
 
 # Whose process took the measurements of a run: the first of these that the run has.
 _MEASURING = ("latency", "predict", "score", "train", "dataset")
+_SHARED = ("dataset", "train")  # many runs' nodes, each of which has a line of its own
 _LOG_LINES = 40
 _LOG_CHARACTERS = 6000
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a node has no result. category: 'user' (bad input: its text is complete), 'memory', 'crash', 'killed'."""
+    """Why a node has no result. category: 'user' (bad input: its text is complete), 'memory', 'crash', 'killed'.
+
+    run: when the attempt began and how long it took. environment: of its process, as far as it had told it.
+    """
 
     node_id: str
     reason: str
     category: str
     log: str
+    run: NodeRun
+    environment: dict[str, Any]
 
 
 @dataclass
@@ -76,26 +82,6 @@ class RunOutcome:
         if any(failure.category == "user" for failure in self.failures.values()):
             return 2
         return 1 if self.failed else 0
-
-
-def needed_nodes(plan: Plan, is_done: Callable[[str], bool]) -> list[Node]:
-    """The nodes that have to run, in order: what cells end in and is not done, and what that needs and is not done.
-
-    A training whose predictions are all there is not needed, even if its checkpoint has been deleted.
-    """
-    done: dict[str, bool] = {}
-    needed: set[str] = set()
-    for cell in plan.cells:
-        used = {source for node_id in cell.nodes.values() for source in plan.nodes[node_id].inputs}
-        waiting = [node_id for node_id in cell.nodes.values() if node_id not in used]
-        while waiting:
-            node_id = waiting.pop()
-            if node_id not in done:
-                done[node_id] = is_done(node_id)
-            if not done[node_id] and node_id not in needed:
-                needed.add(node_id)
-                waiting += plan.nodes[node_id].inputs
-    return [node for node in plan.nodes.values() if node.id in needed]
 
 
 def run_plan(
@@ -168,11 +154,15 @@ class _WorkerGone(Exception):
 
 @dataclass
 class _Ended:
-    """How a job ended. code: exit code, negative for a signal, None when the worker itself ended; error: its event."""
+    """How a job ended. code: exit code, negative for a signal, None when the worker itself ended; error: its event.
+
+    environment: what the job had told of its process.
+    """
 
     code: int | None
     stopped: bool
     error: dict[str, Any] | None
+    environment: dict[str, Any] = field(default_factory=dict)
 
 
 class _Worker:
@@ -204,6 +194,7 @@ class _Worker:
             BenchError: the worker cannot be started.
         """
         error = None
+        environment: dict[str, Any] = {}
         asked_s: float | None = None
         try:
             if not self._ready():
@@ -222,15 +213,17 @@ class _Worker:
                         self._running = pid
                     case {"event": "progress", "done": int(done), "total": int(total), "text": str(text)}:
                         on_progress(done, total, text)
+                    case {"event": "environment", "process": dict(process)}:
+                        environment = {"process": process}
                     case {"event": "error"}:
                         error = event
                     case {"event": "exited", "code": int(code)}:
                         self._running = None
-                        return _Ended(code, stopped=asked_s is not None and code != 0, error=error)
+                        return _Ended(code, asked_s is not None and code != 0, error, environment)
         except _WorkerGone:
             self._running = None
             self._close()
-            return _Ended(None, stopped=bool(self._interrupts.count), error=error)
+            return _Ended(None, bool(self._interrupts.count), error, environment)
 
     def _ready(self) -> bool:
         """Have a worker that listens; False when interrupted meanwhile."""
@@ -337,17 +330,27 @@ class _Runner:
         folder = self._store.begin(node)
         log = folder / "log.txt"
         log_start = log.stat().st_size if log.exists() else 0
-        start, oom_kills = time.monotonic(), _oom_kills()
+        started_at, start, oom_kills = now_text(), time.monotonic(), _oom_kills()
         ended = worker.run(self._job(node, folder, log), display.node_progress)
         self.outcome.executed.append(node.id)
         if self._store.is_done(node.id):
-            display.node_finished(f"{time.monotonic() - start:.1f} s")
+            display.node_finished(f"{time.monotonic() - start:.1f} s", quiet=node.kind not in _SHARED)
         elif ended.stopped:
             display.node_finished("stopped, goes on from here next time")
         else:
             category, reason = _reason(ended, out_of_memory=_oom_kills() > oom_kills)
             reason = f"{node.kind}: {reason}"
-            self.outcome.failures[node.id] = Failure(node.id, reason, category, _log_tail(log, log_start))
+            run = NodeRun(
+                started_at=started_at,
+                duration_s=round(time.monotonic() - start, 3),
+                attempts=self._store.attempts(node.id),
+                commit=self._environment["commit"],
+                dirty=self._environment["dirty"],
+            )
+            environment = self._environment | ended.environment
+            failure = Failure(node.id, reason, category, _log_tail(log, log_start), run, environment)
+            self.outcome.failures[node.id] = failure
+            self._store.note_failure(node.id, failure.reason)
             display.node_finished(f"failed: {reason.removeprefix(f'{node.kind}: ')} (log: {log})", failed=True)
 
     def _job(self, node: Node, folder: Path, log: Path) -> dict[str, Any]:
@@ -387,16 +390,29 @@ class _Runner:
             self.outcome.records[cell.run_id] = self._store.record_path(record.suite, machine, record.run_id)
             (self.outcome.ok if record.status == "ok" else self.outcome.failed).append(cell.run_id)
             if record.status != "ok":
-                display.line(f"failed  {cell.label}: {record.reason}", "bold red")
+                display.line(f"failed  {cell.label}: {self._short_reason(cell, record)}", "bold red")
             elif change != "same":
-                display.line(f"ok      {cell.label}{_headline(record)}", "green")
+                count = f"{len(self.outcome.records)}/{len(self._plan.cells)}"
+                display.line(f"ok      {cell.label}{_headline(record)}  ({count})", "green")
+
+    def _short_reason(self, cell: Cell, record: RunRecord) -> str:
+        """The reason, or for a node that many runs share, which has said it already, the node's kind."""
+        failed = next(self.outcome.failures[node] for node in cell.nodes.values() if node in self.outcome.failures)
+        runs = sum(failed.node_id in other.nodes.values() for other in self._plan.cells)
+        if runs == 1:
+            return str(record.reason)
+        return f"its {self._plan.nodes[failed.node_id].kind} node failed, see above"
 
     def _record(self, cell: Cell) -> tuple[RunRecord, str]:
         results = {kind: done for kind, node_id in cell.nodes.items() if (done := self._store.result(node_id))}
         failures = [self.outcome.failures[node] for node in cell.nodes.values() if node in self.outcome.failures]
         environment = next((results[kind].environment for kind in _MEASURING if kind in results), self._environment)
+        node_runs = {kind: _node_run(done) for kind, done in results.items()}
+        finished_at = [done.finished_at for done in results.values()]
         if failures:
-            environment = self._environment
+            environment = failures[0].environment
+            node_runs |= {self._plan.nodes[failure.node_id].kind: failure.run for failure in failures}
+            finished_at.append(now_text())
         outputs = [done.outputs for done in results.values()]
         content = {
             "suite": self._plan.suite_name,
@@ -406,16 +422,17 @@ class _Runner:
             "reason": failures[0].reason if failures else None,
             "axes": cell.axes,
             "config": cell.config,
+            "measure": cell.measure,
             "nodes": dict(cell.nodes),
-            "node_runs": {kind: _node_run(done) for kind, done in results.items()},
+            "node_runs": node_runs,
             "metrics": _metrics(cell, outputs, failed=bool(failures)),
             "samples": {name: value for part in outputs for name, value in part.get("samples", {}).items()},
             "per_class": {name: value for part in outputs for name, value in part.get("per_class", {}).items()},
             "environment": environment,
             "command": self._command,
-            "started_at": min((done.started_at for done in results.values()), default=None),
-            "finished_at": max((done.finished_at for done in results.values()), default=None),
-            "duration_s": round(sum(done.duration_s for done in results.values()), 3) if results else None,
+            "started_at": min((run.started_at for run in node_runs.values()), default=None),
+            "finished_at": max(finished_at, default=None),
+            "duration_s": round(sum(run.duration_s for run in node_runs.values()), 3) if node_runs else None,
             "log": failures[0].log if failures else None,
         }
         record = RunRecord.model_validate(content)
@@ -475,11 +492,11 @@ def _node_labels(plan: Plan) -> dict[str, str]:
 
 
 def _headline(record: RunRecord) -> str:
-    for name in ("segm/AP", "bbox/AP"):
-        metric = record.metrics.get(name)
-        if metric is not None and metric.value is not None:
-            return f"  {name} {metric.value:.4f}"
-    return ""
+    """The main score and the latency, as far as they were measured."""
+    values = {name: metric.value for name, metric in record.metrics.items() if metric.value is not None}
+    scores = [f"  {name} {values[name]:.4f}" for name in ("segm/AP", "bbox/AP") if name in values]
+    latency = values.get("latency_s/total")
+    return "".join(scores[:1]) + ("" if latency is None else f"  {latency * 1000:.1f} ms an image")
 
 
 def _reason(ended: _Ended, *, out_of_memory: bool) -> tuple[str, str]:

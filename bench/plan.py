@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Cell:
 
     run_id: 16 hex digits from the node ids and the measurement settings, whatever the device; names the record file.
     label: 'sampling_steps=4 num_proposals=100 seed=0', for people and for `--only`.
+    measure: the suite's measurement settings, and 'device' as asked for ('auto' if not).
     """
 
     run_id: str
@@ -58,6 +60,7 @@ class Cell:
     axes: dict[str, Any]
     config: dict[str, Any]
     nodes: dict[NodeKind, str]
+    measure: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ _ID_LIST_FIELDS = {"train": "train_image_ids", "val": "val_image_ids"}
 # What the data set's own node stands for, so that the others need not repeat it.
 _IDENTITY_FIELDS = ("dataset", "skip_invalid", *_SHAPES_FIELDS, *CUSTOM_PATHS, *_ID_LIST_FIELDS.values())
 _WEIGHT_NAMES = ("none", "imagenet")
+_MAX_COMPARED = 200  # earlier nodes looked at to say what changed
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -94,7 +98,7 @@ def build_plan(
             values, or for the run id; a cell is kept when all terms match.
         data_root: folder of the data sets; relative paths of the suite are looked for in it, too.
         device: what runs the model, 'cpu' or 'cuda' for instance; None leaves the choice to the run.
-        num_workers: loading processes of a training; None keeps the suite's.
+        num_workers: processes that load images, in a training and in its predictions; None keeps the suite's.
     Raises:
         SuiteError: a file that the suite names is missing, two cells would be the same run, or `only` keeps none.
     """
@@ -162,13 +166,10 @@ class _Builder:
         train, dataset = self._training(config)
         options = self._options(config)
         nodes: dict[NodeKind, str] = {"dataset": dataset, "train": train}
-        data = self._dump(config.data)
-        test = {
-            "sampler": self._dump(config.sampler),
-            "data": {"dataset": config.data.dataset} | {name: data[name] for name in _TEST_FIELDS},
-        }
+        sections = self._sections(config)
         # The training's id covers model and data set; here they make a spec readable and comparable by itself.
-        subject = test | {"model": self._dump(config.model) | self._weights(config)}
+        subject = _test_spec(sections)
+        test = {name: subject[name] for name in ("sampler", "data")}
         if measure.score:
             nodes["predict"] = self._add("predict", subject, (train, dataset), options)
             iou_types = ["bbox"] if config.model.mask == "none" else ["bbox", "segm"]
@@ -177,11 +178,11 @@ class _Builder:
         # A cell keeps its run id on every device, so that a report needs the suite alone to find its record.
         run_id = _digest([nodes, test, self.measure])
         if measure.latency or measure.memory or measure.flops:
-            settings = {name: value for name, value in self.measure.items() if name != "score"}
-            latency_spec = subject | {"measure": settings, "device": self.device or "auto"}
+            latency_spec = subject | _latency_settings(self.measure | {"device": self.device or "auto"})
             nodes["latency"] = self._add("latency", latency_spec, (train, dataset), options)
         resolved = {name: self._dump(section) for name, section in config}
-        return Cell(run_id, axes_label(cell.axes), cell.axes, resolved, nodes)
+        asked = self.measure | {"device": self.device or "auto"}
+        return Cell(run_id, axes_label(cell.axes), cell.axes, resolved, nodes, asked)
 
     def _training(self, config: Config) -> tuple[str, str]:
         """The nodes of the training and of the data set that holds the validation split; cells share most of them."""
@@ -189,12 +190,7 @@ class _Builder:
         if key not in self.trainings:
             options = self._options(config, base_sampler=True)
             train_data, val_data = self._datasets(config.data, options)
-            left_out = {*_TEST_FIELDS, *_IDENTITY_FIELDS, *FREE_FIELDS}
-            spec = {
-                "data": {k: v for k, v in self._dump(config.data).items() if k not in left_out},
-                "model": self._dump(config.model) | self._weights(config),
-                "train": {k: v for k, v in self._dump(config.train).items() if k not in FREE_FIELDS},
-            }
+            spec = _train_spec(self._sections(config))
             self.trainings[key] = self._add("train", spec, (train_data,), options), val_data
         return self.trainings[key]
 
@@ -206,6 +202,11 @@ class _Builder:
         if id(section) not in self.dumps:
             self.dumps[id(section)] = section.model_dump(mode="json")
         return self.dumps[id(section)]
+
+    def _sections(self, config: Config) -> dict[str, dict[str, Any]]:
+        """All sections, with the content of a weights file instead of its path."""
+        sections = {name: self._dump(section) for name, section in config}
+        return sections | {"model": sections["model"] | self._weights(config)}
 
     def _options(self, config: Config, *, base_sampler: bool = False) -> dict[str, Any]:
         data, model, train = self._dump(config.data), self._dump(config.model), self._dump(config.train)
@@ -286,17 +287,68 @@ class _Builder:
         return self.files[name, text]
 
 
+def _train_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    left_out = {*_TEST_FIELDS, *_IDENTITY_FIELDS, *FREE_FIELDS}
+    return {
+        "data": {name: value for name, value in sections["data"].items() if name not in left_out},
+        "model": sections["model"],
+        "train": {name: value for name, value in sections["train"].items() if name not in FREE_FIELDS},
+    }
+
+
+def _test_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    data = {name: sections["data"][name] for name in ("dataset", *_TEST_FIELDS)}
+    return {"sampler": sections["sampler"], "data": data, "model": sections["model"]}
+
+
+def _latency_settings(measure: Mapping[str, Any]) -> dict[str, Any]:
+    """measure: a suite's, with the device."""
+    settings = {name: value for name, value in measure.items() if name not in ("score", "device")}
+    return {"measure": settings, "device": measure["device"]}
+
+
 def _path_fields() -> tuple[str, ...]:
     return (*CUSTOM_PATHS, *_ID_LIST_FIELDS.values())
 
 
 @dataclass(frozen=True)
 class PastNode:
-    """A node that was computed earlier, to estimate times and to explain what changed. duration_s: in seconds."""
+    """A node that was computed earlier, to estimate times and to explain what changed.
+
+    duration_s: in seconds, None where it tells nothing (a node that was resumed). inputs: ids, as far as known.
+    stored: whether its result is in the store; otherwise a record alone tells of it.
+    """
 
     kind: str
     spec: Mapping[str, Any]
-    duration_s: float
+    duration_s: float | None
+    inputs: tuple[str, ...] = ()
+    stored: bool = True
+
+
+def past_of_record(
+    config: Mapping[str, Mapping[str, Any]],
+    measure: Mapping[str, Any],
+    nodes: Mapping[str, str],
+    durations_s: Mapping[str, float],
+) -> list[PastNode]:
+    """What a record tells of times; it outlives the store and comes with a clone.
+
+    Args:
+        config, measure, nodes: as in the record. durations_s: node kind -> seconds.
+    """
+    name = config["data"]["dataset"]
+    specs = {"train": _train_spec(config), "predict": _test_spec(config), "score": {}}
+    # A record names the node of the validation split; only the embedded set has both splits in one.
+    specs["dataset"] = {"dataset": name, "splits": ["train", "val"] if name == "shapes" else ["val"]}
+    if measure:
+        specs["latency"] = specs["predict"] | _latency_settings(measure)
+    inputs = tuple(nodes[kind] for kind in ("dataset",) if kind in nodes)
+    return [
+        PastNode(kind, spec, durations_s[kind], inputs, stored=False)
+        for kind, spec in specs.items()
+        if kind in durations_s
+    ]
 
 
 @dataclass(frozen=True)
@@ -334,19 +386,26 @@ def needed_nodes(plan: Plan, is_done: Callable[[str], bool]) -> list[Node]:
     return [node for node in plan.nodes.values() if node.id in needed]
 
 
-def describe_plan(plan: Plan, is_done: Callable[[str], bool], past: Sequence[PastNode] = ()) -> list[PlanLine]:
+def describe_plan(
+    plan: Plan,
+    is_done: Callable[[str], bool],
+    past: Sequence[PastNode] = (),
+    unfinished: Callable[[str], str | None] = lambda _: None,
+) -> list[PlanLine]:
     """What will run, what is cached, why, and for how long; in an order in which each node follows its inputs.
 
     Args:
         plan: the graph.
         is_done: whether a node's result is stored.
         past: nodes computed earlier, of this or of other suites.
+        unfinished: what became of earlier attempts at a node that is not done, None where there were none.
     """
     labels: dict[str, list[Cell]] = {}
     for cell in plan.cells:
         for node_id in cell.nodes.values():
             labels.setdefault(node_id, []).append(cell)
     runs = {node.id for node in needed_nodes(plan, is_done)}
+    times = _times(past)
     lines = []
     for node in plan.nodes.values():
         what = _what(node, labels.get(node.id, []))
@@ -357,8 +416,8 @@ def describe_plan(plan: Plan, is_done: Callable[[str], bool], past: Sequence[Pas
                 lines.append(PlanLine(node, "unneeded", what, "what would use it is stored", 0.0))
             continue
         waits = [source for source in node.inputs if source in runs]
-        why = f"waits for {waits[0]}" if waits else _why(node, past)
-        lines.append(PlanLine(node, "run", what, why, _estimate(node, past)))
+        why = unfinished(node.id) or (f"waits for {waits[0]}" if waits else _why(node, past))
+        lines.append(PlanLine(node, "run", what, why, _estimate(node, times)))
     return lines
 
 
@@ -380,11 +439,12 @@ def _what(node: Node, cells: Sequence[Cell]) -> str:
 
 def _why(node: Node, past: Sequence[PastNode]) -> str:
     """Nothing is stored; what differs from the nearest of its kind, if that is little."""
-    changes = [
-        _changes(earlier.spec, node.spec)
+    comparable = (
+        earlier
         for earlier in past
-        if earlier.kind == node.kind and earlier.spec.get("splits") == node.spec.get("splits")
-    ]
+        if earlier.stored and earlier.kind == node.kind and earlier.spec.get("splits") == node.spec.get("splits")
+    )
+    changes = [_changes(earlier.spec, node.spec) for earlier in itertools.islice(comparable, _MAX_COMPARED)]
     changes = [change for change in changes if change]
     if not changes:
         return "nothing stored"
@@ -402,14 +462,21 @@ def _changes(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key} {axis_value_text(old)} instead of {axis_value_text(new)}"]
 
 
-def _estimate(node: Node, past: Sequence[PastNode]) -> float | None:
+def _times(past: Iterable[PastNode]) -> dict[str, list[float]]:
+    """Seconds per unit of work, rising, by what is alike; records count only where the store knows nothing."""
+    stored: dict[str, list[float]] = {}
+    recorded: dict[str, list[float]] = {}
+    for earlier in past:
+        if earlier.duration_s is not None:
+            found = stored if earlier.stored else recorded
+            found.setdefault(_likeness(earlier), []).append(earlier.duration_s / _work(earlier.spec))
+    return {key: sorted(rates) for key, rates in (recorded | stored).items()}
+
+
+def _estimate(node: Node, times: Mapping[str, list[float]]) -> float | None:
     """Median over the earlier nodes that are alike, scaled by how much there is to do."""
-    durations = sorted(
-        earlier.duration_s * _work(node.spec) / _work(earlier.spec)
-        for earlier in past
-        if earlier.kind == node.kind and _likeness(earlier.spec) == _likeness(node.spec)
-    )
-    return durations[len(durations) // 2] if durations else None
+    rates = times.get(_likeness(node)) if times else None
+    return rates[len(rates) // 2] * _work(node.spec) if rates else None
 
 
 def _work(spec: Mapping[str, Any]) -> float:
@@ -421,11 +488,16 @@ def _work(spec: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def _likeness(spec: Mapping[str, Any]) -> Any:
+def _likeness(node: Node | PastNode) -> str:
     """What two nodes share for their times to be compared."""
-    if "train" in spec:
-        return [spec["model"], spec["data"], spec["train"]["batch_size"], spec["train"]["num_train_proposals"]]
-    return [spec.get(name) for name in ("data", "model", "dataset", "splits", "measure", "device")]
+    spec = node.spec
+    if node.kind == "train":
+        same = [spec["model"], spec["data"], spec["train"]["batch_size"], spec["train"]["num_train_proposals"]]
+    else:
+        same = [spec.get(name) for name in ("data", "model", "dataset", "splits", "measure", "device")]
+    if node.kind in ("predict", "score"):  # as many images
+        same += [source for source in node.inputs if source.startswith("dataset-")]
+    return _CANONICAL.encode([node.kind, *same])
 
 
 def total_s(lines: Iterable[PlanLine]) -> tuple[float, int]:

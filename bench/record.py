@@ -36,7 +36,7 @@ class Metric(_Part):
     unit: 'fraction', 's', 'bytes', 'FLOP', ... higher_is_better: None where neither direction is better.
     """
 
-    value: FiniteFloat | None
+    value: int | FiniteFloat | None
     unit: str
     higher_is_better: bool | None
     reason: str | None = None
@@ -88,6 +88,7 @@ class NodeRun(_Part):
 class RunRecord(_Part):
     """One row of a suite's table. Times are UTC, ISO 8601; durations are in seconds.
 
+    measure: what was to be measured, how long at least, and the device asked for ('auto' if none was).
     nodes: node kind -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit
     that ends the name ('latency_s'). per_class: metric name -> class name -> value. environment: of the process that
     took the measurements. duration_s: sum over the run's nodes. log: the end of the failed node's log, if one failed.
@@ -101,6 +102,7 @@ class RunRecord(_Part):
     reason: str | None = None
     axes: dict[str, Any]
     config: dict[str, Any]
+    measure: dict[str, Any] = {}
     nodes: dict[str, str]
     node_runs: dict[str, NodeRun] = {}
     metrics: dict[str, Metric] = {}
@@ -121,7 +123,7 @@ class RunRecord(_Part):
 
     def same_result(self, other: RunRecord) -> bool:
         """Whether both give the same numbers for the same run, whatever command line asked for it, and whenever."""
-        ignored = {"command", "node_runs", "started_at", "finished_at", "duration_s", "log", "environment"}
+        ignored = {"command", "measure", "node_runs", "started_at", "finished_at", "duration_s", "log", "environment"}
         return self.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
 
 

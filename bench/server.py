@@ -28,14 +28,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.errors import StoreError
 from bench.plan import Node
 from bench.record import dump_json
-from bench.store import NodeResult, write_atomic
+from bench.store import ATTEMPTS_NAME, NodeResult, now_text, write_atomic
 from diffinst.errors import DiffInstError
 
 EXIT_FAILED = 1
@@ -66,7 +65,7 @@ class Job:
     """One attempt at one node, as the node's function sees it.
 
     inputs: node kind -> the nearest node of that kind that this one builds on. A function lists the files that
-    later nodes need in `files` (paths in `folder`) and facts about its process in `environment`; both go to done.json.
+    later nodes need in `files` (paths in `folder`); they go to done.json, and so does `environment`.
     report: sends an event to the parent process.
     """
 
@@ -86,6 +85,11 @@ class Job:
     def request_stop(self) -> None:
         """Ask the node's function to stop at its next opportunity."""
         self._stop.set()
+
+    def describe_process(self, facts: dict[str, Any]) -> None:
+        """Note facts about this process for done.json, and tell them now, for the record should the job fail."""
+        self.environment["process"] = facts
+        self.report({"event": "environment", "process": facts})
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """Tell how far the node is; calls in quick succession are dropped, but never the last."""
@@ -194,7 +198,7 @@ def _inputs(items: list[dict[str, Any]]) -> dict[str, Input]:
 
 def _run_job(function: NodeFunction, job: Job) -> int:
     with _folder_lock(job.folder):
-        started_at, start = _now(), time.monotonic()
+        started_at, start = now_text(), time.monotonic()
         attempts = _count_attempt(job.folder, started_at)
         _LOG.info("%s, attempt %d", job.node.id, attempts)
         outputs = function(job)
@@ -206,7 +210,7 @@ def _run_job(function: NodeFunction, job: Job) -> int:
             spec=job.node.spec,
             inputs=list(job.node.inputs),
             started_at=started_at,
-            finished_at=_now(),
+            finished_at=now_text(),
             duration_s=round(time.monotonic() - start, 3),
             attempts=attempts,
             files={str(path.relative_to(job.folder)): path.stat().st_size for path in sorted(job.files)},
@@ -237,7 +241,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _count_attempt(folder: Path, started_at: str) -> int:
-    path = folder / "attempts.txt"
+    path = folder / ATTEMPTS_NAME
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{started_at}\n")
     return len(path.read_text(encoding="utf-8").splitlines())
@@ -250,7 +254,10 @@ def _describe(error: BaseException) -> dict[str, Any]:
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if names & {"MemoryError", "OutOfMemoryError"} or re.search(r"\bcan(not|'t) allocate memory", text, re.IGNORECASE):
-        category, text = "memory", f"out of memory: {text or kind}"
+        # Of the CPU allocator's message, what tells something.
+        asked = re.search(r"you tried to allocate (\d+) bytes", text)
+        text = f"a single request for {int(asked[1]) / 2**30:.1f} GiB failed" if asked else text or kind
+        category, text = "memory", f"out of memory: {text}"
     elif isinstance(error, DiffInstError):
         category = "user"
     else:
@@ -286,7 +293,3 @@ def _thread_count() -> int | None:
         return sum(1 for _ in Path("/proc/self/task").iterdir())
     except OSError:
         return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -19,6 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,6 +30,8 @@ from bench.plan import Node
 from bench.record import RunRecord, dump_json, dump_record, load_record
 
 DONE_VERSION: Final = 1
+ATTEMPTS_NAME = "attempts.txt"  # a line for each start
+_FAILURE_NAME = "failure.txt"
 RecordChange = Literal["new", "same", "replaced", "kept"]
 
 
@@ -53,6 +56,11 @@ class NodeResult(BaseModel):
     files: dict[str, int]
     outputs: dict[str, Any]
     environment: dict[str, Any]
+
+
+def now_text() -> str:
+    """The time in UTC, ISO 8601, in seconds: '2026-01-02T03:04:05Z'."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def write_atomic(path: Path, text: str, *, replace: bool = True) -> None:
@@ -197,6 +205,26 @@ class Store:
         """Whether the node's result is there, whole, to be reused."""
         return self.result(node_id) is not None
 
+    def attempts(self, node_id: str) -> int:
+        """How often the node was started."""
+        try:
+            return len((self.folder(node_id) / ATTEMPTS_NAME).read_text(encoding="utf-8").splitlines())
+        except OSError:
+            return 0
+
+    def unfinished(self, node_id: str) -> str | None:
+        """What became of earlier attempts at a node that is not done, in words; None where there were none."""
+        folder = self.folder(node_id)
+        with contextlib.suppress(OSError):
+            return f"failed before: {(folder / _FAILURE_NAME).read_text(encoding='utf-8').strip()}"
+        if (folder / "done.json").exists():
+            return "part of what was stored is gone or damaged"
+        return "begun before, goes on from what is there" if self.attempts(node_id) else None
+
+    def note_failure(self, node_id: str, reason: str) -> None:
+        """Keep why an attempt failed, until the next one begins."""
+        write_atomic(self.folder(node_id) / _FAILURE_NAME, f"{reason}\n")
+
     def begin(self, node: Node) -> Path:
         """Make the node's folder ready for a (further) attempt and return it.
 
@@ -209,6 +237,7 @@ class Store:
         try:
             folder.mkdir(exist_ok=True)
             (folder / "done.json").unlink(missing_ok=True)
+            (folder / _FAILURE_NAME).unlink(missing_ok=True)
             _remove_temporary(folder)
         except OSError as error:
             raise _unusable(folder, error) from error

@@ -159,26 +159,32 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     Args:
         path: the YAML file.
         overrides: 'KEY=VALUE' with VALUE in YAML. KEY is a field ('iterations', 'train.iterations'), 'preset', 'seeds',
-            'measure.latency' and the like. A field that is an axis of the product gets VALUE, or the list of values, as
-            the values of that axis.
+            or one of `measure` ('latency_seconds', 'measure.latency_seconds'). A field that is an axis of the product
+            gets VALUE, or the list of values, as the values of that axis.
     Raises:
         SuiteErrors: everything that is wrong, in the order of the file.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise SuiteErrors([SuiteError("not UTF-8 text", file=path)]) from error
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+        message = f"byte {error.object[error.start]:#04x} is not UTF-8 text. Save the file as UTF-8"
+        raise SuiteErrors([SuiteError(message, file=path, line=line, column=column)]) from error
     except OSError as error:
-        raise SuiteErrors([SuiteError(f"cannot be read ({error.strerror}).{_nearby(path)}", file=path)]) from error
+        message = "is a folder" if path.is_dir() else f"cannot be read ({error.strerror})"
+        raise SuiteErrors([SuiteError(f"{message}. Give a suite file.{_nearby(path)}", file=path)]) from error
     root, problems = read_yaml(text, path)
     return _Reader(path, text, root, problems, overrides).suite()
 
 
 def _nearby(path: Path) -> str:
     """The suites that are there, when one is not."""
-    folder = path.parent
-    names = sorted(str(found) for found in folder.glob("*.y*ml")) if folder.is_dir() else []
-    return (f" There: {', '.join(names)}.{did_you_mean(str(path), names)}") if names and not path.exists() else ""
+    folder = path if path.is_dir() else path.parent
+    found = folder.glob("*.y*ml") if folder.is_dir() else []
+    names = sorted(str(file) for file in found if file.is_file())
+    shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+    return f" There: {shown}.{did_you_mean(str(path), names)}" if names else ""
 
 
 @dataclass(frozen=True)
@@ -488,13 +494,15 @@ class _Reader:
 
     def _apply_override(self, key: str, item: Item, place: Place) -> None:
         first, _, rest = key.partition(".")
+        if key in Measure.model_fields:
+            first, rest = "measure", key
         if key in _Head.model_fields and key != "name":
             self._set_head(key, item)
         elif first == "measure" and rest:
             nested = Item({rest: item}, place, {rest: place})
             self.measure_fields |= check_mapping(Measure, nested, "measure", self.problems)
         elif self._axis(key) is None or key in SECTIONS:
-            names = [*_bare_names(), *_FIELD_NAMES, *(f"measure.{name}" for name in Measure.model_fields)]
+            names = [*_bare_names(), *_FIELD_NAMES, *Measure.model_fields]
             allowed = "a field of model, sampler, train or data, preset, seeds, description, or a field of measure"
             self._note(place, key, f"unknown key. Allowed: {allowed}.{did_you_mean(key, [*names, 'preset', 'seeds'])}")
         else:
@@ -617,7 +625,15 @@ class _Reader:
             if part is None:
                 return None
             parts[name] = part
-        return Config(**parts)  # type: ignore[arg-type]
+        try:
+            return Config(**parts)  # type: ignore[arg-type]
+        except ValidationError as error:  # sections that do not go together
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            if ("", message) not in self.built:
+                self.built["", message] = None
+                named = [choice for choice in choices if any(name in message for _, name in choice.fields)]
+                self._note_values(message, named, self.root.place, "the suite")
+            return None
 
     def _section(
         self, name: str, model: type[Section], values: dict[str, Any], choices: Sequence[_Choice]
@@ -635,13 +651,17 @@ class _Reader:
         if message:
             part = None
             blamed = [choice for choice in choices if any(section == name for section, _ in choice.fields)]
-            if blamed:
-                axes = ", ".join(f"{choice.axis}={axis_value_text(choice.shown)}" for choice in blamed)
-                self._note(blamed[0].place, f"axes.{blamed[0].axis}", f"{message} (in the cells with {axes})")
-            else:
-                self._note(self._place_of(name), name, message)
+            self._note_values(message, blamed, self._place_of(name), name)
         self.built[known] = part
         return part
+
+    def _note_values(self, message: str, blamed: Sequence[_Choice], place: Place, key: str) -> None:
+        """Values that do not go together: noted at the first of the axes they come from, otherwise at `place`."""
+        if blamed:
+            axes = ", ".join(f"{choice.axis}={axis_value_text(choice.shown)}" for choice in blamed)
+            self._note(blamed[0].place, f"axes.{blamed[0].axis}", f"{message} (in the cells with {axes})")
+        else:
+            self._note(place, key, message)
 
     # -- tables and plots ---------------------------------------------------------------------------------------------
 

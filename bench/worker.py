@@ -27,7 +27,7 @@ from diffinst.data import catalog
 from diffinst.data.coco import CocoDataset, open_dataset
 from diffinst.engine.evaluate import predict_split
 from diffinst.engine.inference import detect
-from diffinst.engine.train import FINAL_NAME, TrainProgress, train
+from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, train
 from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.coco_ap import METRIC_NAMES, score_coco
 from diffinst.evaluation.predictions import iter_predictions
@@ -59,7 +59,7 @@ def run_dataset(job: Job) -> dict[str, Any]:
 def run_train(job: Job) -> dict[str, Any]:
     """Train to the end, going on from a checkpoint if there is one; leaves `model.safetensors`."""
     config, device = _config(job), _device(job)
-    job.environment["process"] = process_environment(device)
+    job.describe_process(process_environment(device))
     dataset = open_dataset(config.data, "train", _data_root(job, job.inputs["dataset"].folder))
     asked = config.model.num_classes
     if asked not in (None, dataset.num_classes):
@@ -69,23 +69,23 @@ def run_train(job: Job) -> dict[str, Any]:
         )
     model_config = config.model.model_copy(update={"num_classes": dataset.num_classes})
     model = seeded_model(model_config, config.train.seed)
-    losses: dict[str, float] = {}
 
     def show(state: TrainProgress) -> None:
-        losses.clear()
-        losses.update(state.losses)
         job.progress(state.iteration, state.iterations, f"loss {state.total:.3f}")
 
     path = train(model, dataset, config, job.folder, device=device, progress=show, stop=job.stop)
-    if not job.stop():
-        job.files.append(path)
-    return {"last_losses": losses, "num_parameters": count_parameters(model)}
+    if job.stop():
+        return {}
+    job.files.append(path)
+    # Not from the progress: there is none when an earlier attempt was killed right after its last iteration.
+    last = (job.folder / LOSSES_NAME).read_text(encoding="utf-8").splitlines()[-1]
+    return {"last_losses": json.loads(last)["losses"], "num_parameters": count_parameters(model)}
 
 
 def run_predict(job: Job) -> dict[str, Any]:
     """Predict the validation split, going on after the shards that are there."""
     config, device = _config(job), _device(job)
-    job.environment["process"] = process_environment(device)
+    job.describe_process(process_environment(device))
     dataset, model = _dataset_and_model(job, device)
     done = predict_split(
         model,
@@ -93,6 +93,7 @@ def run_predict(job: Job) -> dict[str, Any]:
         config.sampler,
         job.folder / PREDICTIONS_FOLDER,
         batch_size=config.data.eval_batch_size,
+        num_workers=config.train.num_workers,
         device=device,
         progress=lambda done, total: job.progress(done, total, "images"),
         stop=job.stop,
@@ -131,7 +132,7 @@ def run_score(job: Job) -> dict[str, Any]:
 def run_latency(job: Job) -> dict[str, Any]:
     """Time single images, decoded beforehand, and take this process's peak memory; count operations and parameters."""
     config, device, asked = _config(job), _device(job), job.node.spec["measure"]
-    job.environment["process"] = process_environment(device)
+    job.describe_process(process_environment(device))
     dataset, model = _dataset_and_model(job, device)
     samples = [dataset.test_sample(index) for index in range(min(len(dataset), _MAX_LOADED_IMAGES))]
 
@@ -181,7 +182,8 @@ def _device(job: Job) -> str:
     try:
         torch.empty(1, device=asked)
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        # The first sentence: torch goes on about drivers and asynchronous errors.
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ConfigError(f"--device {asked}: cannot be used here ({reason}). Use 'cpu', or leave it out") from error
     return str(asked)
 

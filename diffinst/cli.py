@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffinst.config import SECTIONS, Config, section_of
-from diffinst.errors import ConfigError, DiffInstError
+from diffinst.errors import ConfigError, DataError, DiffInstError
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,12 @@ def evaluate(
             f"{checkpoint}: made for {loaded.config.model.num_classes} classes, but {dataset.annotations_path} has "
             f"{dataset.num_classes}. Choose the data set that it was trained on"
         )
+    if loaded.class_names not in ((), dataset.class_names):
+        known, listed = next(pair for pair in zip(loaded.class_names, dataset.class_names) if pair[0] != pair[1])
+        raise ConfigError(
+            f"{checkpoint}: made for other classes than {dataset.annotations_path} lists, e.g. {known!r} where that "
+            f"has {listed!r}. Choose the data set that it was trained on"
+        )
     # A folder per checkpoint, data and settings: a killed evaluation goes on, and no two are ever mixed.
     folder = out / f"predictions-{_identity(checkpoint, config)}"
     with Progress() as bar, _interruptible() as stopped:
@@ -146,8 +152,11 @@ def evaluate(
     )
     for name, value in scores.metrics.items():
         typer.echo(f"{name:12s} {f'{value:.4f}' if value is not None else f'not defined: {scores.reasons[name]}'}")
-    with replacing(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+    try:
+        with replacing(out / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another folder with --out") from error
     typer.echo(f"wrote {out / 'metrics.json'}")
 
 
@@ -249,7 +258,8 @@ def _validated(content: dict[Any, Any], source: str) -> Config:
             message = f"unknown key.{_nearest(str(first['loc'][-1]), names)}"
         elif isinstance(first["input"], str) and _is_number(first["input"]):
             message += f". YAML reads {first['input']} as text: write {float(first['input'])!r}"
-        raise ConfigError(f"{source}: {place}: {message}") from error
+        place = f"{place}: " if place else ""  # none where sections do not go together
+        raise ConfigError(f"{source}: {place}{message.removeprefix('Value error, ')}") from error
 
 
 def _nearest(name: str, allowed: list[str]) -> str:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 IntTuple = Annotated[tuple[int, ...], Field(strict=False)]
-FloatTuple = Annotated[tuple[float, ...], Field(strict=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -198,6 +197,13 @@ class Config(Section):
     sampler: SamplerConfig = SamplerConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Config:
+        steps, timesteps = self.sampler.sampling_steps, self.model.num_train_timesteps
+        if steps > timesteps:
+            raise ValueError(f"sampling_steps ({steps}) must not exceed num_train_timesteps ({timesteps})")
+        return self
 
 
 SECTIONS: dict[str, type[Section]] = {

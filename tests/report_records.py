@@ -34,6 +34,7 @@ def make_record(
         put("peak_memory_bytes/rss", 612 * MIB, "byte", False)
         put("peak_memory_bytes/cuda_allocated", None, "byte", False)
         put("num_parameters", 1_234_567, "parameters", False)
+        put("num_images", 200, "images", True)
         put("flops", 2.5e9, "FLOP", False)
     values = {"sampling_steps": steps, "num_proposals": proposals, **axes, "seed": seed}
     return {
@@ -60,7 +61,7 @@ def make_record(
             "cpu": {"model": "Example CPU 9000", "usable_cores": 2},
             "gpus": [],
             "packages": {"torch": "2.14.1"},
-            "device": "cpu",
+            "process": {"device": "cpu"},
         },
         "command": "run-suite suites/quickstart.yaml",
         "started_at": "2026-01-02T03:04:05Z",

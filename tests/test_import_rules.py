@@ -40,7 +40,8 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.report.tables": {"torch", "diffinst.model"},
     "bench.report.plots": {"torch", "diffinst.model"},
     "bench.cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
-    "bench.diffbench": {"torch", "diffinst.model"},
+    "bench.report.frames": {"torch", "diffinst.model", "pandas"},
+    "bench.diffbench": {"torch", "diffinst.model", "pandas"},
 }
 
 # Of the harness, only these may import diffinst beyond its configuration and errors, or torch.

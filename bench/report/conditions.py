@@ -13,7 +13,7 @@ def conditions(records: Sequence[Record]) -> tuple[str, ...]:
     """Suite, data, model, fixed settings, machine, software; what differs between the records is listed, not hidden."""
     phrases = [
         _each(records, "suite", lambda record: record.get("suite")),
-        _each(records, "", _data),
+        _each(records, "", lambda record: _data(record, records)),
         _each(records, "", _model),
         _each(records, "", _training),
         *_fixed_axes(records),
@@ -41,16 +41,25 @@ def _varies(record: Record, name: str) -> bool:
     return any(axis.rpartition(".")[2] == name for axis in record.get("axes", {}))
 
 
-def _data(record: Record) -> str | None:
+def _data(record: Record, records: Sequence[Record]) -> str | None:
+    """The data set and how many images were scored; a record that failed before it knew takes the others' word."""
     section = _section(record, "data")
     if "dataset" not in section or _varies(record, "dataset"):
         return None
     text = f"data {section['dataset']}"
-    if section["dataset"] == "shapes" and "shapes_val_images" in section:
-        text += f", {section['shapes_val_images']} validation images of {section.get('shapes_image_size')} px"
-    if section.get("class_agnostic"):
+    counts = {count for other in records if _section(other, "data") == section and (count := _images(other))}
+    if len(counts) == 1:
+        text += f", {counts.pop():.0f} validation images"
+        if section["dataset"] == "shapes" and "shapes_image_size" in section:
+            text += f" of {section['shapes_image_size']} px"
+    if section.get("class_agnostic") and not _varies(record, "class_agnostic"):
         text += ", class-agnostic"
     return text
+
+
+def _images(record: Record) -> float | None:
+    value = record.get("metrics", {}).get("num_images", {}).get("value")
+    return float(value) if value is not None else None
 
 
 def _model(record: Record) -> str | None:
@@ -81,13 +90,13 @@ def _machine(record: Record) -> str | None:
     if not isinstance(cpu, Mapping) or not cpu.get("model"):
         return None
     text = f"{cpu['model']}, {cpu.get('usable_cores', '?')} cores"
-    device = environment.get("device_name")
+    device = environment.get("process", {}).get("device_name")
     return f"{device} ({text})" if device else text
 
 
 def _software(record: Record) -> str | None:
     environment = record.get("environment", {})
-    version = environment.get("torch") or environment.get("packages", {}).get("torch")
+    version = environment.get("packages", {}).get("torch")
     return f"torch {version}" if version else None
 
 

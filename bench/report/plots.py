@@ -487,13 +487,12 @@ def _scale_axes(axes: Axes, plot: Plot) -> None:
         # Differences below a twentieth, or below one point of AP, are not blown up to the whole height.
         room = max(high - low, abs(high) * 0.05, 1.0 if plot.y_style.scale == 100 else 0.0) or 1.0
         band = _band_height(plot.panels) if not plot.x_is_metric else 0.0
-        # Under the data there is room for the band of absent cells; without one, the axis stays at 0 or above.
-        bottom = low - room * (0.12 + 1.25 * band / (1 - band))
-        axes.set_ylim(bottom if band or low < 0 else max(bottom, 0.0), high + 0.12 * room)
-        if band:  # no number stands beside the band: it is not part of the scale
-            top = high + 0.12 * room
-            above = bottom + band * (top - bottom)
-            axes.yaxis.set_major_locator(FixedLocator([tick for tick in axes.get_yticks() if above <= tick <= top]))
+        floor = low - 0.12 * room if low < 0 else max(low - 0.12 * room, 0.0)
+        top = max(high + 0.12 * room, floor + room)
+        # Under the data there is room for the band of absent cells, beside which no number stands.
+        axes.set_ylim(floor - (top - floor) * band / (1 - band), top)
+        if band:
+            axes.yaxis.set_major_locator(FixedLocator([tick for tick in axes.get_yticks() if floor <= tick <= top]))
 
 
 def _band_height(panels: Iterable[Panel]) -> float:

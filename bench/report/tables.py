@@ -11,7 +11,7 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.report.cells import (
@@ -67,13 +67,14 @@ class Column:
 class Entry:
     """text: as people read it. csv: one field per CSV name of its column. state: why there is no number, or 'ok'.
 
-    without_range: `text` where there is little room; '' for the same.
+    without_range: `text` where there is little room; '' for the same. lost: its end, where runs have no number.
     """
 
     text: str
     csv: tuple[str, ...]
     state: State = "ok"
     without_range: str = ""
+    lost: str = ""
 
     @property
     def short(self) -> str:
@@ -312,14 +313,23 @@ def _entry(value: Value, style: Style, *, quantiles: bool) -> Entry:
     lost = f", {value.count} of {value.total} runs" if value.count < value.total else ""
     numbers = (value.mean, value.low, value.high) if quantiles else (value.mean,)
     fields = tuple("" if number is None else f"{number * style.scale:.6g}" for number in numbers)
-    return Entry(text + range_ + lost, fields, without_range=text + lost)
+    return Entry(text + range_ + lost, fields, without_range=text + lost, lost=lost)
 
 
 def _said_once(entries: Sequence[Entry]) -> list[Entry]:
-    """A run that failed has no number in any column: the word stands in the first, its mark alone in the others."""
+    """A run that failed has no number in any column: the word stands in the first, its mark alone in the others.
+
+    Likewise how many of a cell's runs a number is of.
+    """
     said: set[State] = set()
     shown = []
+    lost = ""
     for entry in entries:
+        if entry.lost and entry.lost == lost:
+            entry = replace(
+                entry, text=entry.text.removesuffix(lost), without_range=entry.without_range.removesuffix(lost)
+            )
+        lost = entry.lost or lost
         again = entry.state in said and entry.state not in {"ok", "unmeasured"}
         shown.append(Entry(_MARKS[entry.state], entry.csv, entry.state) if again else entry)
         said.add(entry.state)

@@ -11,15 +11,29 @@ from diffinst.backbones.base import Backbone
 from diffinst.structures import FeatureShape
 
 
+class _BatchNorm(nn.BatchNorm2d):
+    """Batch norm that falls back on its running statistics where a batch has one value per channel.
+
+    One value has no variance; torch refuses it. It is met in training on a single image of at most 32 x 32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(x)
+
+
 class _Block(nn.Module):
     """Two 3x3 convolutions, the first one downsampling, beside a pooled 1x1 shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.norm1 = _BatchNorm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = _BatchNorm(out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +53,7 @@ class Tiny(Backbone):
     def __init__(self, *, stem_channels: int = 16, widths: Sequence[int] = (32, 48, 80, 112)) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, stem_channels, 3, stride=2, padding=1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(stem_channels)
+        self.stem_norm = _BatchNorm(stem_channels)
         in_widths = (stem_channels, *widths[:-1])
         self.stages = nn.ModuleList(_Block(before, after) for before, after in zip(in_widths, widths))
         self.out_shapes = {f"res{i + 2}": FeatureShape(width, 4 * 2**i) for i, width in enumerate(widths)}

@@ -13,7 +13,6 @@ from diffinst.config import DataConfig
 from diffinst.errors import DataError
 
 Split = Literal["train", "val"]
-SPLITS: tuple[Split, ...] = ("train", "val")
 
 ROOT_VARIABLE = "DIFFINST_DATASETS"
 CACHE_VARIABLE = "DIFFINST_CACHE"
@@ -77,7 +76,8 @@ def check_name(data: DataConfig) -> None:
         raise DataError(f"dataset 'custom' needs its paths: set {', '.join(explicit)}")
     if data.dataset != "custom" and given:
         raise DataError(
-            f"{', '.join(given)}: only for dataset 'custom', but dataset is '{data.dataset}'. Set one of them."
+            f"{', '.join(given)}: only for dataset 'custom', but dataset is '{data.dataset}'. "
+            "Leave them out, or set dataset: custom"
         )
 
 

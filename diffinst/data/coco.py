@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -545,22 +545,3 @@ def open_dataset(data: DataConfig, split: Split, root: str | Path | None = None)
     """Find a split by the name in its configuration and read it; see `catalog.resolve`."""
     paths = catalog.resolve(data, split, root)
     return CocoDataset(paths.annotations, paths.images, data=data, split=split, image_ids=paths.image_ids)
-
-
-def check_same_classes(train: CocoDataset, val: CocoDataset) -> None:
-    """Labels mean the same in both splits only where both list the same categories.
-
-    Raises:
-        DataError: names both files and the categories in which they differ.
-    """
-    first, second = (dict(zip(item.category_ids, item.class_names)) for item in (train, val))
-    if first != second:
-        differing = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
-        raise DataError(
-            f"{val.annotations_path}: categories differ from those of {train.annotations_path} (ids "
-            f"{_shorten(differing)}); list the same ones in both, with or without instances"
-        )
-
-
-def _shorten(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")

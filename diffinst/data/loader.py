@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from diffinst.data.samplers import Draw, TrainingBatches, augmentation_generator, batches_of_equal_size
+from diffinst.errors import DataError
 from diffinst.structures import Sample
 
 
@@ -38,24 +40,39 @@ class EvaluationSource(Protocol):
         ...
 
 
-class _TrainingItems(Dataset[Sample]):
+@dataclass(frozen=True)
+class _Refused:
+    """A DataError on its way out of a worker process; DataLoader would bury its one line in a traceback."""
+
+    text: str
+
+
+def _or_refused(load: Callable[[], Sample]) -> Sample | _Refused:
+    try:
+        return load()
+    except DataError as error:
+        return _Refused(str(error))
+
+
+class _TrainingItems(Dataset["Sample | _Refused"]):
     def __init__(self, source: TrainingSource, seed: int) -> None:
         self._source = source
         self._seed = seed
 
-    def __getitem__(self, draw: Draw) -> Sample:
-        return self._source.training_sample(draw.index, augmentation_generator(self._seed, draw.position))
+    def __getitem__(self, draw: Draw) -> Sample | _Refused:
+        generator = augmentation_generator(self._seed, draw.position)
+        return _or_refused(lambda: self._source.training_sample(draw.index, generator))
 
 
-class _EvaluationItems(Dataset[Sample]):
+class _EvaluationItems(Dataset["Sample | _Refused"]):
     def __init__(self, source: EvaluationSource) -> None:
         self._source = source
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._source.test_sample(index)
+    def __getitem__(self, index: int) -> Sample | _Refused:
+        return _or_refused(lambda: self._source.test_sample(index))
 
 
-def _as_list(samples: list[Sample]) -> list[Sample]:
+def _as_list(samples: list[Sample | _Refused]) -> list[Sample | _Refused]:
     return samples
 
 
@@ -63,9 +80,11 @@ def _one_thread(worker: int) -> None:  # noqa: ARG001 (the signature that DataLo
     torch.set_num_threads(1)
 
 
-def _iterate(items: Dataset[Sample], batches: Iterable[list[Any]], num_workers: int) -> Iterator[list[Sample]]:
+def _iterate(
+    items: Dataset[Sample | _Refused], batches: Iterable[list[Any]], num_workers: int
+) -> Iterator[list[Sample]]:
     # The loader seeds its workers from a generator; its own one keeps the global random state untouched.
-    loader: DataLoader[Sample] = DataLoader(
+    loader: DataLoader[Sample | _Refused] = DataLoader(
         items,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -73,7 +92,13 @@ def _iterate(items: Dataset[Sample], batches: Iterable[list[Any]], num_workers: 
         worker_init_fn=_one_thread if num_workers else None,
         generator=torch.Generator(),
     )
-    return iter(loader)
+    for batch in loader:
+        samples = []
+        for item in batch:
+            if isinstance(item, _Refused):
+                raise DataError(item.text)
+            samples.append(item)
+        yield samples
 
 
 def training_batches(

@@ -35,17 +35,20 @@ def detect(
 
     Args:
         model: in evaluation mode.
-        batch: made by the model, on its device.
+        batch: made by the model, on its device, of images that all pad to the same size: zeros beyond an image's own
+            padding would change its features (`diffinst.data.samplers.batches_of_equal_size` groups images).
         settings: sampling and post-processing.
         timer: called with each of `SCOPES` in turn, gives the context that the scope runs in. Work on a GPU may be
             unfinished when a scope ends; a timer that measures must synchronise.
     Returns:
         One entry per image, in original-image pixels, on the model's device.
     Raises:
-        ValueError: the model is in training mode, where batch statistics would make detections depend on the batch.
+        ValueError: detections would depend on the batch: the model is in training mode, where batch statistics count,
+            or an image is padded beyond its own size.
     """
     if model.training:
         raise ValueError("detect needs a model in evaluation mode: call model.eval() first")
+    _check_padding(batch, model.backbone.size_divisor)
     with timer("backbone"):
         features = model.encode(batch.images)
     with timer("head"):
@@ -70,6 +73,18 @@ def detect(
             )
             for image in range(len(batch))
         ]
+
+
+def _check_padding(batch: ImageBatch, divisor: int) -> None:
+    """Refuse a batch in which an image is padded further than it would be alone."""
+    padded = tuple(batch.images.shape[-2:])
+    for image_id, size in zip(batch.image_ids, batch.image_sizes):
+        alone = tuple(-(-side // divisor) * divisor for side in size)
+        if alone != padded:
+            raise ValueError(
+                f"image {image_id} alone is padded to {alone[0]} x {alone[1]}, in this batch to {padded[0]} x "
+                f"{padded[1]}, which would change its detections: put only images that pad to the same size together"
+            )
 
 
 def batch_noise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import hotcoco.mask
@@ -31,11 +31,6 @@ def encode_masks(masks: Tensor | np.ndarray) -> list[RLE]:
         encoding = hotcoco.mask.encode(mask.T)
         encodings.append(RLE(size=list(encoding["size"]), counts=encoding["counts"].decode("ascii")))
     return encodings
-
-
-def decode_masks(encodings: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """D >= 1 encodings of one size, `counts` as str or bytes -> (D, H, W) bool."""
-    return np.stack([decode_rle(encoding) for encoding in encodings])
 
 
 def decode_rle(encoding: Mapping[str, Any]) -> np.ndarray:

@@ -122,7 +122,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, tmp_path / "none.yaml")
     assert code == 2
-    assert err == f"{tmp_path / 'none.yaml'}: cannot be read (No such file or directory).\n"
+    assert err == f"{tmp_path / 'none.yaml'}: cannot be read (No such file or directory). Give a suite file.\n"
 
 
 def test_the_data_root_comes_from_the_environment(

@@ -26,6 +26,7 @@ from bench.plan import (
     duration_text,
     make_id,
     needed_nodes,
+    past_of_record,
     total_s,
 )
 from bench.suite import load_suite
@@ -463,7 +464,7 @@ def test_why_names_what_changed(tmp_path: Path) -> None:
 def test_times_are_estimated_from_what_is_alike(tmp_path: Path) -> None:
     old = plan_of(tmp_path, SMALL)
     seconds = {"dataset": 1.0, "train": 30.0, "predict": 4.0, "score": 2.0, "latency": 5.0}
-    past = [PastNode(node.kind, node.spec, seconds[node.kind]) for node in old.nodes.values()]
+    past = [PastNode(node.kind, node.spec, seconds[node.kind], node.inputs) for node in old.nodes.values()]
     new = plan_of(tmp_path, SMALL, "iterations=200", "sampling_steps=1", "num_proposals=[20]")
     lines = {line.node.kind: line.estimate_s for line in describe_plan(new, lambda _: False, past)}
     assert lines["train"] == 60.0  # twice the iterations
@@ -475,6 +476,38 @@ def test_times_are_estimated_from_what_is_alike(tmp_path: Path) -> None:
     assert unlike["train"] is unlike["predict"] is unlike["latency"] is None
     assert total_s(describe_plan(new, lambda _: False, past)) == (pytest.approx(68 + 4 * 320 / 350), 0)
     assert total_s(describe_plan(other, lambda _: False, past)) == (9.0, 9)
+
+
+def test_records_tell_times_where_the_store_has_none(tmp_path: Path) -> None:
+    old = plan_of(tmp_path, SMALL, "sampling_steps=4", "num_proposals=50").cells[0]
+    seconds = {"dataset": 1.0, "train": 30.0, "predict": 4.0, "score": 2.0, "latency": 5.0}
+    recorded = past_of_record(old.config, old.measure, dict(old.nodes), seconds)
+    new = plan_of(tmp_path, SMALL, "iterations=200", "sampling_steps=4", "num_proposals=50")
+
+    def estimates(plan: Plan, past: list[PastNode]) -> dict[str, float | None]:
+        return {line.node.kind: line.estimate_s for line in describe_plan(plan, lambda _: False, past)}
+
+    expected = seconds | {"train": 60.0}
+    assert estimates(new, recorded) == expected
+    # What the store knows is of here and now; what was resumed tells nothing.
+    train = next(node for node in new.nodes.values() if node.kind == "train")
+    stored = [PastNode("train", train.spec, None), PastNode("train", train.spec, 70.0)]
+    assert estimates(new, recorded + stored) == expected | {"train": 70.0}
+    # More images take longer, nobody knows how much; the latency of one image is what it was.
+    more = plan_of(tmp_path, SMALL, "shapes_val_images=77", "sampling_steps=4", "num_proposals=50")
+    assert estimates(more, recorded) == expected | {"train": 30.0, "predict": None, "score": None}
+    # A record holds no result to go on from.
+    assert {line.why for line in describe_plan(new, lambda _: False, recorded) if line.node.kind == "dataset"} == {
+        "nothing stored"
+    }
+
+
+def test_why_tells_of_earlier_attempts(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, SMALL)
+    told = {cell.nodes["predict"]: "failed before: out of memory" for cell in plan.cells[:1]}
+    lines = {line.node.id: line.why for line in describe_plan(plan, lambda _: False, unfinished=told.get)}
+    assert lines[plan.cells[0].nodes["predict"]] == "failed before: out of memory"
+    assert lines[plan.cells[1].nodes["predict"]] == f"waits for {plan.cells[1].nodes['train']}"
 
 
 @pytest.mark.parametrize(

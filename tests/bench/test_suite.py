@@ -166,12 +166,20 @@ def test_overrides_replace_fields_settings_and_axes(tmp_path: Path) -> None:
         train: {iterations: 100}
         axes: {product: {sampling_steps: [1, 4], schedule_steps: [[10], [20]]}}
         """
-    sets = ["train.iterations=5", "weight_decay=0", "measure.latency=false", "seeds=[1, 2]", "preset=released"]
+    sets = [
+        "train.iterations=5",
+        "weight_decay=0",
+        "measure.latency=false",
+        "latency_images=3",
+        "seeds=[1, 2]",
+        "preset=released",
+    ]
     suite = load(tmp_path, text, *sets)
     assert suite.base.train.iterations == 5
     assert suite.base.train.weight_decay == 0.0
     assert suite.base.train.matcher == "released"
     assert not suite.measure.latency
+    assert suite.measure.latency_images == 3
     assert len(suite.cells) == 8
     assert suite.overrides == tuple(sets)
     assert axes_of(load(tmp_path, text, "sampling_steps=8", "schedule_steps=[5, 6]")) == [(8, [5, 6], 0)]
@@ -277,6 +285,15 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         (
             "model: {hidden_dim: 60}\n",
             "s.yaml:1:1: model: hidden_dim (60) must be a multiple of num_attention_heads (8)",
+        ),
+        (
+            "model: {num_train_timesteps: 5}\nsampler: {sampling_steps: 6}\nseeds: [0, 1]\n",
+            "s.yaml:1:1: the suite: sampling_steps (6) must not exceed num_train_timesteps (5)",
+        ),
+        (
+            "model: {num_train_timesteps: 5}\naxes: {product: {eta: [0, 1], sampling_steps: [4, 6]}}\n",
+            "s.yaml:2:51: axes.sampling_steps: sampling_steps (6) must not exceed num_train_timesteps (5) "
+            "(in the cells with sampling_steps=6)",
         ),
         (
             "axes: {product: {hidden_dim: [64, 60]}}\n",

@@ -14,10 +14,10 @@ from rich.console import Console
 from bench.execute import RunOutcome, run_plan
 from bench.plan import Plan, build_plan
 from bench.record import RunRecord
-from bench.server import Job
+from bench.server import Input, Job
 from bench.store import Store
 from bench.suite import METRICS, load_suite
-from bench.worker import run_dataset, run_train
+from bench.worker import main, run_dataset, run_train
 from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.predictions import iter_predictions
 
@@ -126,6 +126,17 @@ def test_a_lost_checkpoint_costs_nothing_until_it_is_needed(done: tuple[Path, Pl
     model.write_bytes(weights)
 
 
+def test_a_training_killed_at_its_very_end_gives_the_same_outputs(done: tuple[Path, Plan, RunOutcome]) -> None:
+    store, cell = Store(done[0]), done[1].cells[0]
+    node, source = (done[1].nodes[cell.nodes[kind]] for kind in ("train", "dataset"))
+    dataset = Input(source.id, source.kind, store.folder(source.id), source.spec, outputs={})
+    job = Job(node, store.folder(node.id), {"dataset": dataset}, environment={}, report=lambda event: None)
+    stored = store.result(node.id)
+    assert stored is not None
+    assert stored.outputs["last_losses"]
+    assert run_train(job) == stored.outputs
+
+
 def test_a_model_without_masks_says_so(found: list[RunRecord]) -> None:
     boxes_only = [record for record in found if record.axes["mask"] == "none"]
     assert len(boxes_only) == 1
@@ -161,7 +172,6 @@ def test_the_worker_forks_with_one_thread_and_no_cuda() -> None:
     assert done.stdout.split() == ["1", "False"]
 
 
-def test_it_is_not_for_the_command_line() -> None:
-    done = subprocess.run([sys.executable, "-m", "bench.worker"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "usage" in done.stderr
+def test_it_is_not_for_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffinst.checkpoint import load_checkpoint
+from diffinst.checkpoint import load_checkpoint, save_checkpoint
 from diffinst.cli import main, override_config, read_config
 from diffinst.config import Config
 from diffinst.errors import ConfigError
@@ -79,6 +79,18 @@ def test_a_checkpoint_of_other_classes_is_refused(config_file: Path, capsys: pyt
     assert "made for 4 classes" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_as_many_but_other_classes_is_refused(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["train", "config.yaml", "--out", "run", "--device", "cpu", "--set", "iterations=1"])
+    loaded = load_checkpoint(Path("run/model.safetensors"))
+    first, *others = loaded.class_names
+    save_checkpoint(
+        Path("other.safetensors"), model=loaded.model, config=loaded.config, iteration=1, class_names=("lion", *others)
+    )
+    capsys.readouterr()
+    assert main(["evaluate", "other.safetensors", "--out", "scores", "--device", "cpu"]) == 2
+    assert f"'lion' where that has '{first}'. Choose the data set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +99,10 @@ def test_a_checkpoint_of_other_classes_is_refused(config_file: Path, capsys: pyt
         (["train", "config.yaml", "--out", "x", "--set", "iterations"], "needs the form KEY=VALUE"),
         (["train", "config.yaml", "--out", "x", "--device", "gpu"], "--device gpu: not a device"),
         (["train", "config.yaml", "--out", "x", "--set", "num_classes=7"], "but the data set has 4 classes"),
+        (
+            ["train", "config.yaml", "--out", "x", "--set", "num_train_timesteps=5", "--set", "sampling_steps=6"],
+            "--set: sampling_steps (6) must not exceed num_train_timesteps (5)",
+        ),
         (["evaluate", "gone.safetensors", "--out", "x"], "gone.safetensors: no such checkpoint"),
         (["predict", "gone.safetensors", "gone.jpg", "--out", "x"], "gone.jpg: no such file or folder"),
     ],

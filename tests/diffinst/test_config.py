@@ -42,6 +42,7 @@ def test_released_values_are_valid_and_differ_from_the_defaults() -> None:
         (ModelConfig, {"hidden_dim": 9, "num_attention_heads": 3}),
         (ModelConfig, {"num_classes": 0}),
         (ModelConfig, {"backbone": "resnet18"}),
+        (Config, {"model": {"num_train_timesteps": 5}, "sampler": {"sampling_steps": 6}}),
     ],
 )
 def test_impossible_values_are_refused(section: type, values: dict) -> None:

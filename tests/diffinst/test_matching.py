@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers import load_fixture
 from hypothesis import given
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffinst import matching
 from diffinst.matching import MatcherWarning, match, pad_targets
@@ -184,6 +186,28 @@ def test_released_matcher_says_when_it_would_not_end(monkeypatch: pytest.MonkeyP
             assert "train.matcher: fixed" in str(caught[0].message)
             assert covered(matched) < 11
     assert 0 < endless < 100
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators after which the host waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["released", "fixed"])
+@pytest.mark.parametrize("num_instances", [1, 60])
+def test_the_host_waits_once_a_round_whatever_the_number_of_instances(num_instances: int, method: str) -> None:
+    logits, boxes, targets, whwh = crowd(0, num_images=3, num_proposals=100, num_instances=num_instances)
+    padded = pad_targets(targets)
+    with HostReads() as reads:
+        match(logits, boxes, padded, whwh, method=method)
+    assert 1 <= reads.count <= 3
 
 
 @pytest.mark.parametrize("method", ["released", "fixed"])

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from diffinst.config import RELEASED, SamplerConfig
 from diffinst.diffusion.sampler import sample
-from diffinst.diffusion.schedule import NoiseSchedule
+from diffinst.diffusion.schedule import NoiseSchedule, cosine_alphas_cumprod
 from diffinst.diffusion.signal import signal_to_boxes, to_pixels
 from diffinst.heads.box_head import BoxHead
 from diffinst.heads.mask_branch import MaskBranch
@@ -55,13 +55,15 @@ class Recording:
             mask_params=self.stored(step, "kernels_last")[None],
         )
 
-    def noise(self, step, purpose):
+    def noise(self, step, purpose, *, keep_dtype=False):
         if purpose == "initial":
             return self.arrays["init_noise"]
         kept = self.arrays[f"step{step}_renewal_keep"]
         rows = self.order[step][kept if purpose == "step" else ~kept]
-        slots = torch.full((1, NUM_PROPOSALS, 4), torch.nan)  # a draw that the release never made must not be used
-        slots[:, rows] = self.arrays[f"step{step}_{'ddim' if purpose == 'step' else 'renewal'}_noise"].float()
+        draws = self.arrays[f"step{step}_{'ddim' if purpose == 'step' else 'renewal'}_noise"]
+        # A draw that the release never made must not be used.
+        slots = torch.full((1, NUM_PROPOSALS, 4), torch.nan, dtype=draws.dtype if keep_dtype else torch.float32)
+        slots[:, rows] = draws.to(slots.dtype)
         return slots
 
     def sample(self, denoise, **changes):
@@ -80,9 +82,9 @@ class Recording:
             stored_keep = torch.empty(NUM_PROPOSALS, dtype=torch.bool)
             stored_keep[self.order[step]] = self.arrays[f"step{step}_renewal_keep"]
             assert torch.equal(found.keep[0], stored_keep)
-            assert_close(found.x_t, self.stored(step, "x_in"), **tolerance)
+            assert_close(found.x_t.float(), self.stored(step, "x_in"), **tolerance)
             assert_close(found.x_0, self.stored(step, "x_start"), **tolerance)
-            assert_close(found.noise_pred, self.stored(step, "pred_noise"), **tolerance)
+            assert_close(found.noise_pred.float(), self.stored(step, "pred_noise"), **tolerance)
             assert_close(found.class_logits, self.stored(step, "logits_last"), **tolerance)
             assert_close(found.boxes_xyxy, self.stored(step, "boxes_last"), rtol=1e-4, atol=box_atol)
             assert_close(found.mask_params, self.stored(step, "kernels_last"), **tolerance)
@@ -195,8 +197,49 @@ def test_whole_run_with_our_network(name, pool, box_atol, tiny_network, monkeypa
 
 
 @torch.no_grad()
+def test_four_free_steps_with_the_arithmetic_of_the_release(tiny_network, monkeypatch):
+    """All four steps, none fed from the fixture, to 1e-4: what separates us from the release is rounding alone.
+
+    Its three choices that we do not share are put back: the process in float64, torchvision's pooling, and the kept
+    proposals moved to the front after each step. On the kind of processor that made the fixture it is then equal in
+    every bit; on one that rounds the first step otherwise, rounding has grown 30-fold a step by the last one.
+    """
+    monkeypatch.setattr(roi, "_pool_by_bags", roi._pool_by_level)
+    box_head, mask_branch = tiny_network
+    recording = Recording("sampler_steps4_img0")
+    pyramid, whwh = stored_pyramid(recording), recording.arrays["images_whwh"]
+    schedule = NoiseSchedule(1000)
+    alphas_cumprod = cosine_alphas_cumprod(1000)
+    schedule.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+    schedule.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+    orders = iter(recording.order)
+
+    def denoise(boxes_xyxy, t):
+        order = next(orders)
+        output = box_head(pyramid, boxes_xyxy[:, order], t)
+        back = order.argsort()
+        return HeadOutput(
+            output.class_logits[:, :, back], output.boxes_xyxy[:, :, back], output.mask_params[:, :, back]
+        )
+
+    predictions = sample(
+        denoise,
+        whwh=whwh,
+        schedule=schedule,
+        settings=recording.settings(),
+        snr_scale=2.0,
+        noise=lambda step, purpose: recording.noise(step, purpose, keep_dtype=True),
+    )
+    if not torch.equal(predictions[0].boxes_xyxy, recording.stored(0, "boxes_last")):
+        pytest.skip("this processor rounds the first step otherwise than the one that made the fixture")
+    assert [step.t for step in predictions] == [999, 749, 499, 249]
+    recording.check_steps(predictions, box_atol=1e-4, rtol=1e-4, atol=1e-5)
+    recording.check_detections(predictions, mask_branch(pyramid), box_atol=1e-4, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_two_released_steps_give_the_detections_of_one(tiny_network):
-    # The second step of two is computed and left out of the released ensemble (QUIRKS: "same evidence as 1 step").
+    # The second step of two is computed and left out of the released ensemble, so one step's stored detections will do.
     box_head, mask_branch = tiny_network
     recording = Recording("sampler_steps1_img0")
     pyramid = stored_pyramid(recording)

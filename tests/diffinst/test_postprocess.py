@@ -178,6 +178,21 @@ def test_empty_boxes_do_not_count_as_detections():
     assert found.labels.tolist() == [1, 3]
 
 
+@pytest.mark.parametrize(("max_detections", "expected"), [(None, 150), (100, 100)])
+def test_number_of_detections(max_detections, expected):
+    found = finish_some(some_candidates([[0, 0, 9, 9]] * 150), SamplerConfig(max_detections=max_detections))
+    assert len(found) == len(found.masks) == expected
+    assert found.labels.tolist() == list(range(expected))  # the best of them
+
+
+@pytest.mark.parametrize(("mask_clip", "expected"), [("truncated", 4), ("covering", 9)])
+def test_mask_clip_reaches_the_masks(mask_clip, expected):
+    # A mask of ones in a box from 0.5 to 2.5, at its own scale.
+    candidates = some_candidates([[9, 9, 9, 9], [0.5, 0.5, 2.5, 2.5]])
+    found = finish_some(candidates, SamplerConfig(mask_clip=mask_clip), original_size=(40, 40))
+    assert found.masks.sum((1, 2)).tolist() == [expected]
+
+
 def test_masks_are_decoded_for_kept_detections_only():
     decoded = []
 

@@ -119,6 +119,10 @@ def test_seeds_become_mean_and_deviation() -> None:
 def test_a_lost_seed_is_told_in_the_entry() -> None:
     records = [make_record(seed=0, ap=0.4), make_record(seed=1, status="failed", reason="crash")]
     assert "40.0, 1 of 2 runs" in to_markdown(long_table(records, metrics=["segm/AP"]))
+    # Once a row, however many columns.
+    both = to_markdown(long_table(records, metrics=["segm/AP", "bbox/AP", "num_parameters"]))
+    assert "40.0, 1 of 2 runs |" in both
+    assert both.count("1 of 2 runs") == 1
 
 
 def test_other_axes_become_leading_columns_and_combinations_out_of_the_suite_a_dot() -> None:

@@ -79,6 +79,20 @@ def test_the_tiny_backbone_is_tiny() -> None:
     assert all(p.requires_grad for p in BACKBONES["tiny"](2).parameters())
 
 
+def test_the_tiny_backbone_trains_on_a_single_coarsest_pixel() -> None:
+    """At 32 x 32 there is one pixel at stride 32, which has no variance: running statistics are used, as in eval."""
+    torch.manual_seed(0)
+    backbone = BACKBONES["tiny"](0).train()
+    norm = backbone.stages[3].norm2
+    torch.nn.init.constant_(norm.running_mean, 0.5)
+    backbone(torch.randn(1, 3, 32, 32))["res5"].sum().backward()
+    assert norm.weight.grad is not None
+    x = torch.randn(1, 112, 1, 1)
+    assert_close(norm(x), (x - 0.5) / (1 + norm.eps) ** 0.5)
+    assert_close(norm(x), norm.eval()(x))
+    assert_close(norm.running_mean, torch.full((112,), 0.5))
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_folded_norm_equals_convolution_then_norm(groups: int) -> None:
     torch.manual_seed(0)

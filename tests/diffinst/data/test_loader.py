@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from diffinst.config import DataConfig
 from diffinst.data.coco import CocoDataset
 from diffinst.data.loader import evaluation_batches, training_batches
+from diffinst.errors import DataError
 from diffinst.structures import Sample
 
 # Starting a process beside other threads is what DataLoader does on Linux; Python 3.12 and later warn of it.
@@ -46,6 +47,21 @@ def test_the_number_of_workers_changes_nothing(dataset: CocoDataset) -> None:
     _assert_same(runs[0], runs[2])
     first, second = (list(evaluation_batches(dataset, batch_size=2, num_workers=workers)) for workers in (0, 2))
     _assert_same(first, second)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_an_image_is_told_alike_by_a_worker(
+    dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise DataError("photo.jpg: corrupt JPEG. Replace it")
+
+    monkeypatch.setattr(dataset, "training_sample", refuse)
+    monkeypatch.setattr(dataset, "test_sample", refuse)
+    with pytest.raises(DataError, match="^photo.jpg: corrupt JPEG. Replace it$"):
+        next(training_batches(dataset, batch_size=2, seed=1, num_workers=workers))
+    with pytest.raises(DataError, match="^photo.jpg: corrupt JPEG. Replace it$"):
+        next(evaluation_batches(dataset, batch_size=2, num_workers=workers))
 
 
 def test_a_restart_goes_on_with_the_same_batches(dataset: CocoDataset) -> None:

@@ -159,6 +159,18 @@ def test_training_mode_is_refused(model):
         model.eval()
 
 
+def test_a_batch_that_would_change_an_image_is_refused(model):
+    # Alone 60 x 64 pads to 64 x 64, beside the taller one to 96 x 64: convolutions would carry the difference inside.
+    tall = Sample(torch.zeros(3, 70, 64, dtype=torch.uint8), image_id=3, original_size=(70, 64))
+    batch = model.make_batch([*make_samples([7]), tall])
+    with pytest.raises(ValueError, match="image 7 alone is padded to 64 x 64, in this batch to 96 x 64"):
+        detect(model, batch, SamplerConfig(num_proposals=10))
+    with torch.no_grad():
+        alone = model.encode(model.make_batch(make_samples([7])).images).mask_features[0]
+        together = model.encode(batch.images).mask_features[0, :, :16]
+    assert not torch.allclose(alone, together, rtol=1e-3, atol=1e-3)
+
+
 def test_noise_belongs_to_the_image():
     settings = SamplerConfig(num_proposals=4)
     together, alone = batch_noise([5, 6], settings, "cpu"), batch_noise([6], settings, "cpu")

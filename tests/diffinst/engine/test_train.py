@@ -272,6 +272,12 @@ class TestNoisyBoxes:
         nearest = (boxes - self.targets[0].boxes_xyxy).abs().amax(1).min()
         assert nearest < 6
 
+    def test_boxes_without_width_are_kept(self) -> None:
+        # Where the signal is clamped to its lower end; as released, whatever `zero_size_proposals` says for inference.
+        sizes = torch.cat([boxes[..., 2:] - boxes[..., :2] for boxes, _ in map(self.draw, range(60))]).flatten(0, 1)
+        share = (sizes <= 1e-5).any(1).float().mean()
+        assert 0.005 < share < 0.1
+
     def test_more_instances_than_proposals(self) -> None:
         crowd = Target(torch.rand(20, 4).sort(dim=1).values * 30, torch.zeros(20, dtype=torch.int64))
         for padding in ("concat", "repeat"):
@@ -296,6 +302,39 @@ def test_every_parameter_learns_even_from_a_batch_without_instances() -> None:
         missing = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
         assert ("mask_branch" in missing) == without_gradient
         assert missing <= {"mask_branch", "box_head"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"matcher": "released"},
+        {"empty_batch_loss": "released"},
+        {"ota_k": 2},
+        {"class_weight": 1.0},
+        {"l1_weight": 1.0},
+        {"giou_weight": 1.0},
+        {"mask_weight": 1.0},
+        {"focal_alpha": 0.5},
+        {"focal_gamma": 1.0},
+    ],
+    ids=str,
+)
+def test_settings_reach_the_losses(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def compute(*args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        given.update(kwargs)
+        return {}
+
+    monkeypatch.setattr("diffinst.engine.train.compute_losses", compute)
+    sample = Rectangles().training_sample(2, torch.Generator().manual_seed(0))
+    model = tiny_model()
+    batch = model.make_batch([sample])
+    settings = tiny_training.TRAIN.model_copy(update=changes)
+    boxes = torch.tensor([[[2.0, 2.0, 20.0, 20.0]]])
+    training_losses(model, batch.images, [sample.target], batch.whwh, boxes, torch.tensor([5]), settings)
+    assert {name: given[name] for name in changes} == changes
+    assert all(given[name] == getattr(settings, name) for name in given)
 
 
 def test_bf16_autocast_gives_nearly_the_same_losses() -> None:

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import Any
+
+from report_records import make_record
+
+from bench.report.conditions import conditions
+
+
+def data_of(*records: dict[str, Any]) -> list[str]:
+    return [phrase for phrase in conditions(records) if phrase.startswith("data ")]
+
+
+def on(dataset: str, images: int | None, record: dict[str, Any] | None = None, **data: Any) -> dict[str, Any]:
+    record = record or make_record()
+    record["config"]["data"] = {"dataset": dataset, **data}
+    if images is None:
+        record["metrics"].pop("num_images", None)
+    else:
+        record["metrics"]["num_images"] = {"value": images, "unit": "images", "higher_is_better": None}
+    return record
+
+
+def test_the_number_of_images_is_what_was_scored() -> None:
+    assert data_of(on("nuclei", 27)) == ["data nuclei, 27 validation images"]
+    # The suite asked for 200; a list of ids left 12.
+    shapes = on("shapes", 12, shapes_val_images=200, shapes_image_size=96)
+    assert data_of(shapes) == ["data shapes, 12 validation images of 96 px"]
+
+
+def test_a_failed_run_takes_the_others_word() -> None:
+    failed = on("nuclei", None, make_record(2, status="failed", reason="no"))
+    assert data_of(failed) == ["data nuclei"]
+    assert data_of(failed, on("nuclei", 27)) == ["data nuclei, 27 validation images"]
+
+
+def test_what_differs_is_listed_and_an_axis_is_no_condition() -> None:
+    two = data_of(on("nuclei", 27), on("coco", 5000))
+    assert two == ["data nuclei, 27 validation images / data coco, 5000 validation images"]
+    assert data_of(on("coco", 9, class_agnostic=True)) == ["data coco, 9 validation images, class-agnostic"]
+    records = [
+        on("coco", 9, make_record(class_agnostic=value), class_agnostic=value, longest_edge_test=512)
+        for value in (False, True)
+    ]
+    assert data_of(*records) == ["data coco, 9 validation images"]
+
+
+def test_a_gpu_stands_before_the_cpu() -> None:
+    record = make_record()
+    assert "Example CPU 9000, 2 cores" in conditions([record])
+    record["environment"]["process"] = {"device": "cuda", "device_name": "Example GPU"}
+    assert "Example GPU (Example CPU 9000, 2 cores)" in conditions([record])
