@@ -34,7 +34,7 @@ from bench.record import Metric, NodeRun, RunRecord, metric, scrub
 from bench.store import NodeResult, Store, now_text
 from bench.suite import METRICS
 
-WORKER_COMMAND = (sys.executable, "-m", "bench.worker")
+WORKER_COMMAND = (sys.executable, "-m", "bench.start")
 
 # Whose process took the measurements of a run: the first of these that the run has.
 _MEASURING = ("latency", "predict", "score", "train", "dataset")

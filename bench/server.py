@@ -109,7 +109,7 @@ def serve(kinds: Mapping[str, NodeFunction], parent: int) -> None:
         kinds: node kind -> function that does the work in `job.folder` and returns JSON-able outputs.
         parent: process id of the process to end with.
     """
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = os.dup(1)
     os.dup2(2, 1)  # a stray print goes to the log, not into the protocol
@@ -166,7 +166,7 @@ def _job_process(kinds: Mapping[str, NodeFunction], content: dict[str, Any], cha
     try:
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
-        _die_with(server)
+        die_with(server)
         _prefer_as_oom_victim()
         faulthandler.enable()
         node = Node(**{**content["node"], "inputs": tuple(content["node"]["inputs"])})
@@ -274,7 +274,7 @@ def _send(channel: int, event: dict[str, Any]) -> None:
         os.write(channel, data)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies; leave at once if that has happened already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

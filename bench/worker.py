@@ -1,6 +1,6 @@
 """The node kinds: what a data set, training, prediction, score and latency node computes. The bridge to the model.
 
-Run by `bench.execute` as `python -m bench.worker --serve PARENT`; see `bench.server` for how nodes become processes.
+Run by `bench.execute` through `bench.start`; see `bench.server` for how nodes become processes.
 Everything is imported at the top on purpose: once, before the first fork, and nothing of it may start CUDA or a thread.
 """
 
@@ -232,7 +232,7 @@ KINDS = {
 def main(arguments: list[str]) -> int:
     """`--serve PARENT`: run the jobs that process PARENT writes to standard input."""
     if len(arguments) != 2 or arguments[0] != "--serve" or not arguments[1].isdigit():
-        sys.stderr.write("usage: python -m bench.worker --serve PARENT_PROCESS_ID (started by run-suite)\n")
+        sys.stderr.write("usage: python -m bench.start --serve PARENT_PROCESS_ID (started by run-suite)\n")
         return 2
     serve(KINDS, int(arguments[1]))
     return 0

@@ -36,6 +36,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.plan": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
+    "bench.start": {"torch", "diffinst.model", "matplotlib"},
     "bench.execute": {"torch", "diffinst.model", "matplotlib"},
     "bench.report.tables": {"torch", "diffinst.model"},
     "bench.report.plots": {"torch", "diffinst.model"},

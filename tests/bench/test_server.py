@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -110,3 +111,11 @@ def test_it_ends_when_its_input_ends_or_its_parent_is_another() -> None:
     assert json.loads(done.stdout) == {"event": "ready", "threads": 1}
     orphan = subprocess.run([*WORKER, "--serve", "1"], stdin=subprocess.PIPE, timeout=20, check=False)
     assert orphan.returncode == 1
+
+
+def test_the_worker_leaves_before_loading_torch_if_its_parent_is_gone() -> None:
+    # With torch out of reach, an attempt to load it would end in a traceback.
+    code = "import sys; sys.modules['torch'] = None; from bench.start import main; main(['--serve', '1'])"
+    orphan = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert orphan.returncode == server.EXIT_FAILED
+    assert orphan.stderr == ""
