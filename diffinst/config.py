@@ -223,7 +223,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "max_detections": None,
         "mask_clip": "truncated",
     },
-    "train": {"matcher": "released", "empty_batch_loss": "released"},
+    "train": {"matcher": "released", "empty_batch_loss": "released", "precision": "fp32"},
     "data": {"crop_boxes": "released"},
 }
 

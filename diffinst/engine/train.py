@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def train(
     losses_file = _open_losses(out_dir, start)
 
     def save(path: Path, iteration: int, *, with_optimizer: bool) -> None:
+        # A checkpoint on the disk has its losses there too, even after a power cut.
+        os.fsync(losses_file.fileno())
         save_checkpoint(
             path,
             model=model.state_dict(),
@@ -180,7 +183,7 @@ def train(
                 last_saved = finished
             if is_stopped:
                 return resume_path
-    save(final_path, settings.iterations, with_optimizer=False)
+        save(final_path, settings.iterations, with_optimizer=False)
     resume_path.unlink(missing_ok=True)
     return final_path
 
