@@ -104,7 +104,7 @@ def test_the_environment_is_of_the_process_and_private(
 ) -> None:
     process = found[0].environment["process"]
     assert process["device"] == "cpu"
-    assert process["variables"]["OMP_WAIT_POLICY"]
+    assert process["variables"]["OPENBLAS_NUM_THREADS"]
     text = json.dumps([record.model_dump() for record in found])
     assert str(done[0].parent) not in text
     assert str(Path.home()) + "/" not in text
