@@ -31,6 +31,8 @@ WORKER_VARIABLES = {"OPENBLAS_NUM_THREADS": "1"}
 # Variables that change numbers or times and hold no path.
 RECORDED_VARIABLES = (
     *WORKER_VARIABLES,
+    "OMP_WAIT_POLICY",
+    "THP_MEM_ALLOC_ENABLE",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "CUDA_LAUNCH_BLOCKING",
