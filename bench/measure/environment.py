@@ -25,7 +25,7 @@ DISTRIBUTION = "diffinst-bench"
 # Set for child processes unless the user has set it: keeps numpy from starting threads at import, as a process that
 # forks must have one only. OMP_WAIT_POLICY=PASSIVE and THP_MEM_ALLOC_ENABLE=1, which help large operators on a busy
 # CPU, are left to the user (and recorded): for these suites' models, on 2 idle cores, they make a training step 1.1 to
-# 1.8 times and a detection 1.8 to 3 times slower.
+# 1.8 times and a detection 1.8 to 3.3 times slower.
 WORKER_VARIABLES = {"OPENBLAS_NUM_THREADS": "1"}
 
 # Variables that change numbers or times and hold no path.
