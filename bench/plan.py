@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from bench.errors import SuiteError
 from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text
-from diffinst.config import Config, DataConfig
+from diffinst.config import Config, DataConfig, identity
 
 NodeKind = Literal["dataset", "train", "predict", "score", "latency"]
 
@@ -204,9 +204,9 @@ class _Builder:
         return self.dumps[id(section)]
 
     def _sections(self, config: Config) -> dict[str, dict[str, Any]]:
-        """All sections, with the content of a weights file instead of its path."""
+        """What tells cells apart in all sections, with the content of a weights file instead of its path."""
         sections = {name: self._dump(section) for name, section in config}
-        return sections | {"model": sections["model"] | self._weights(config)}
+        return _identities(sections | {"model": sections["model"] | self._weights(config)})
 
     def _options(self, config: Config, *, base_sampler: bool = False) -> dict[str, Any]:
         data, model, train = self._dump(config.data), self._dump(config.model), self._dump(config.train)
@@ -287,6 +287,10 @@ class _Builder:
         return self.files[name, text]
 
 
+def _identities(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: identity(name, values) for name, values in sections.items()}
+
+
 def _train_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     left_out = {*_TEST_FIELDS, *_IDENTITY_FIELDS, *FREE_FIELDS}
     return {
@@ -337,6 +341,7 @@ def past_of_record(
     Args:
         config, measure, nodes: as in the record. durations_s: node kind -> seconds.
     """
+    config = _identities(config)
     name = config["data"]["dataset"]
     specs = {"train": _train_spec(config), "predict": _test_spec(config), "score": {}}
     # A record names the node of the validation split; only the embedded set has both splits in one.

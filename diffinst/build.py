@@ -114,6 +114,7 @@ def build_model(config: ModelConfig) -> DiffusionInst:
         strides=[shape.stride for shape in fpn.out_shapes.values()],
         pooler_resolution=config.pooler_resolution,
         pooler_sampling_ratio=config.pooler_sampling_ratio,
+        box_pooling=config.box_pooling,
         dropout=config.dropout,
     )
     mask_branch = None

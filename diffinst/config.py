@@ -7,6 +7,7 @@ reproduces the release, and the defaults are the intended ones. `DIFFERENCES.md`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,17 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+_NEUTRAL = "neutral"
+
+
+def added(default: Any, **settings: Any) -> Any:
+    """A field that came after results were first recorded; its default means what was done before there was a choice.
+
+    At that value it is no part of what identifies a result (`identity`), so that earlier results stay valid.
+    """
+    return Field(default=default, json_schema_extra={_NEUTRAL: True}, **settings)
+
 
 BackboneName = Literal["resnet50", "resnet101", "efficientnet_lite0", "tiny"]
 
@@ -48,6 +60,10 @@ class ModelConfig(Section):
     num_box_layers: NonNegativeInt = 3
     pooler_resolution: PositiveInt = 7
     pooler_sampling_ratio: PositiveInt = 2
+    box_pooling: Literal["auto", "roi_align", "bags"] = Field(
+        default="auto",
+        description="torchvision's roi_align (release), weighted bags of pixels, or the faster: bags on a CPU",
+    )
     dropout: Probability = 0.0
     mask: Literal["dynamic", "none"] = Field(default="dynamic", description="'none' is DiffusionDet: boxes only")
     mask_branch_channels: PositiveInt = 128
@@ -83,6 +99,9 @@ class SamplerConfig(Section):
     eta: Probability = Field(default=1.0, description="0 is deterministic DDIM, 1 is ancestral sampling")
     renewal: bool = True
     renewal_threshold: Probability = 0.5
+    renewal_order: Literal["front", "in_place"] = Field(
+        default="in_place", description="kept proposals move to the front (release), or stay in their slots"
+    )
     ensemble: Literal["all", "all_but_last", "none"] = Field(
         default="all",
         description="which steps' detections are pooled; the release drops the last one when there are several",
@@ -215,8 +234,9 @@ SECTIONS: dict[str, type[Section]] = {
 
 # The values that reproduce the released code where it departs from its own intent; `preset: released` in a suite.
 RELEASED: dict[str, dict[str, Any]] = {
-    "model": {"init": "released"},
+    "model": {"init": "released", "box_pooling": "roi_align"},
     "sampler": {
+        "renewal_order": "front",
         "ensemble": "all_but_last",
         "predict_noise_from": "unclamped",
         "zero_size_proposals": "keep",
@@ -226,6 +246,14 @@ RELEASED: dict[str, dict[str, Any]] = {
     "train": {"matcher": "released", "empty_batch_loss": "released", "precision": "fp32"},
     "data": {"crop_boxes": "released"},
 }
+
+
+def identity(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a section's values, as JSON, those that tell results apart: all but `added` fields at their default."""
+    defaults = SECTIONS[section]().model_dump(mode="json")
+    extras = {name: field.json_schema_extra for name, field in SECTIONS[section].model_fields.items()}
+    neutral = {name for name, extra in extras.items() if isinstance(extra, dict) and _NEUTRAL in extra}
+    return {name: value for name, value in values.items() if name not in neutral or value != defaults[name]}
 
 
 def section_of(field: str) -> str | None:

@@ -24,8 +24,9 @@ class StepPrediction:
     """What one sampling step saw and said; of the head's stages only the last.
 
     t: timestep. class_logits: (B, N, K). boxes_xyxy: (B, N, 4) pixels, not clipped. mask_params: (B, N, P) or None.
-    x_t: (B, N, 4) noisy signal the step began with, not clamped. x_0: (B, N, 4) predicted signal, clamped.
-    noise_pred: (B, N, 4) noise that leads from x_0 to x_t. keep: (B, N) bool, proposals that renewal leaves alone.
+    x_t: (B, N, 4) noisy signal the step began with, not clamped; float64 from the second step on.
+    x_0: (B, N, 4) predicted signal, clamped. noise_pred: (B, N, 4) float64 noise that leads from x_0 to x_t.
+    keep: (B, N) bool, proposals that renewal leaves alone.
     """
 
     t: int
@@ -89,7 +90,11 @@ def sample(
         )
         if t_next < 0:
             break
-        # 3. To the next timestep; proposals that found nothing start again from noise, each in its own slot.
+        # 3. To the next timestep; proposals that found nothing start again from noise.
+        if settings.renewal and settings.renewal_order == "front":
+            front = keep.int().argsort(dim=1, descending=True, stable=True)
+            keep = keep.gather(1, front)
+            x_0, noise_pred = (signal.gather(1, front[..., None].expand_as(signal)) for signal in (x_0, noise_pred))
         x_t = ddim_step(
             x_0,
             noise_pred,

@@ -27,8 +27,8 @@ def cosine_alphas_cumprod(num_timesteps: int, *, offset: float = 0.008, max_beta
 class NoiseSchedule(nn.Module):
     """Cosine schedule over `num_timesteps`, as buffers that move with the model and are not part of its state.
 
-    Both square roots are computed in float64 and stored in float32: formed from a float32 product, the noise part of
-    the first timesteps would lose three digits.
+    Both square roots are float64, and so is every signal that noise is put into or read from, as in the release: in
+    float32 the noise part of the first timesteps would lose three digits, and the steps of sampling enlarge rounding.
     """
 
     sqrt_alphas_cumprod: Tensor  # (T,) share of the signal
@@ -40,8 +40,8 @@ class NoiseSchedule(nn.Module):
         self.num_timesteps = num_timesteps
         # Plain numbers too, so that a sampling step reads no device memory.
         self._alphas_cumprod: list[float] = alphas_cumprod.tolist()
-        self.register_buffer("sqrt_alphas_cumprod", alphas_cumprod.sqrt().float(), persistent=False)
-        self.register_buffer("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt().float(), persistent=False)
+        self.register_buffer("sqrt_alphas_cumprod", alphas_cumprod.sqrt(), persistent=False)
+        self.register_buffer("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt(), persistent=False)
 
     def alpha(self, t: int) -> float:
         """Cumulative product at timestep t, in (0, 1), as a float64 number.
@@ -60,7 +60,7 @@ class NoiseSchedule(nn.Module):
             x_0, noise: (B, ...) signal and standard normal draws.
             t: (B,) int64 timesteps in [0, T).
         Returns:
-            (B, ...) noisy signal, not clamped.
+            (B, ...) float64 noisy signal, not clamped.
         """
         return self._signal_share(t, x_0) * x_0 + self._noise_share(t, x_0) * noise
 
@@ -71,7 +71,7 @@ class NoiseSchedule(nn.Module):
             x_t, x_0: (B, ...) noisy and clean signal.
             t: (B,) int64 timesteps in [0, T).
         Returns:
-            (B, ...) noise.
+            (B, ...) float64 noise.
         """
         return (x_t - self._signal_share(t, x_0) * x_0) / self._noise_share(t, x_0)
 

@@ -205,7 +205,7 @@ def draw_noisy_boxes(
         schedule: on the CPU.
         iteration: all draws are a function of it and the seed.
     Returns:
-        Boxes (B, N, 4) xyxy pixels, and timesteps (B,) int64, both on the CPU.
+        Boxes (B, N, 4) float32 xyxy pixels, and timesteps (B,) int64, both on the CPU.
     """
     padded = torch.stack(
         [
@@ -222,7 +222,7 @@ def draw_noisy_boxes(
     t = torch.randint(schedule.num_timesteps, (len(padded),), generator=t_generator)
     noise = noise_for(settings.seed, iteration, 0, "training noise", padded.shape)
     x_t = schedule.add_noise(boxes_to_signal(padded, snr_scale), noise, t)
-    return to_pixels(signal_to_boxes(x_t, snr_scale), whwh), t
+    return to_pixels(signal_to_boxes(x_t, snr_scale), whwh).float(), t
 
 
 def training_losses(

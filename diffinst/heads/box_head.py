@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffinst.heads.dynamic_conv import DynamicConv
 from diffinst.heads.time_embedding import TimeEmbedding
 from diffinst.ops.boxes import apply_deltas
-from diffinst.ops.roi import pool_boxes
+from diffinst.ops.roi import BoxPooling, pool_boxes
 from diffinst.structures import HeadOutput
 
 # The bias that makes every class start at this probability, so that the many negatives do not swamp the focal loss
@@ -39,6 +39,7 @@ class BoxHeadStage(nn.Module):
         num_class_layers, num_box_layers: hidden layers before the class logits; before box deltas and mask filters.
         strides: of the pyramid's levels, finest first.
         pooler_resolution, pooler_sampling_ratio: side of the RoI features; samples per bin and axis.
+        box_pooling: how RoI features are computed, see `diffinst.ops.roi.pool_boxes`.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class BoxHeadStage(nn.Module):
         strides: Sequence[int],
         pooler_resolution: int = 7,
         pooler_sampling_ratio: int = 2,
+        box_pooling: BoxPooling = "auto",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
         self.pooler_resolution = pooler_resolution
         self.pooler_sampling_ratio = pooler_sampling_ratio
+        self.box_pooling = box_pooling
 
         self.self_attention = nn.MultiheadAttention(dim, num_attention_heads, dropout=dropout, batch_first=True)
         self.self_attention_norm = nn.LayerNorm(dim)
@@ -102,6 +105,7 @@ class BoxHeadStage(nn.Module):
             boxes_xyxy,
             resolution=self.pooler_resolution,
             sampling_ratio=self.pooler_sampling_ratio,
+            method=self.box_pooling,
         )  # (B*N, D, r, r)
         if proposal_features is None:
             proposal_features = roi_features.mean(dim=(2, 3)).unflatten(0, (batch, num_proposals))
@@ -145,6 +149,7 @@ class BoxHead(nn.Module):
         strides: Sequence[int],
         pooler_resolution: int = 7,
         pooler_sampling_ratio: int = 2,
+        box_pooling: BoxPooling = "auto",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -163,6 +168,7 @@ class BoxHead(nn.Module):
                 strides=strides,
                 pooler_resolution=pooler_resolution,
                 pooler_sampling_ratio=pooler_sampling_ratio,
+                box_pooling=box_pooling,
                 dropout=dropout,
             )
             for _ in range(num_stages)

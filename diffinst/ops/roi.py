@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from diffinst.ops.boxes import box_area
+
+BoxPooling = Literal["auto", "roi_align", "bags"]
 
 # Coordinates are brought within this; keeps the sampling grid of a diverged model finite, and is far outside any image.
 _MAX_COORDINATE = 1e7
@@ -58,6 +61,7 @@ def pool_boxes(
     *,
     resolution: int = 7,
     sampling_ratio: int = 2,
+    method: BoxPooling = "auto",
 ) -> Tensor:
     """ROIAlign (arXiv:1703.06870, with the half-pixel offset) of each box on its pyramid level.
 
@@ -69,6 +73,8 @@ def pool_boxes(
         boxes_xyxy: (B, N, 4) pixels; may leave the image, be empty, or (from a diverged model) not be finite.
         resolution: r, cells along each side.
         sampling_ratio: samples along each side of a cell.
+        method: "roi_align" is torchvision's operator on each level; "bags" is one weighted sum of pixels per cell,
+            equal to it to 1e-6; "auto" takes what is faster, "bags" on a CPU and "roi_align" on a GPU.
     Returns:
         (B*N, C, r, r), image-major; gradients reach the pyramid, not the boxes.
     """
@@ -78,7 +84,8 @@ def pool_boxes(
     image_index = torch.arange(batch_size, device=boxes_xyxy.device).repeat_interleave(
         num_boxes, output_size=batch_size * num_boxes
     )
-    pool = _pool_by_level if boxes_xyxy.is_cuda else _pool_by_bags
+    is_by_level = method == "roi_align" or (method == "auto" and boxes_xyxy.is_cuda)
+    pool = _pool_by_level if is_by_level else _pool_by_bags
     return pool(pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
 
 

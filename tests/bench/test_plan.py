@@ -172,6 +172,8 @@ OTHER_VALUES: dict[str, Any] = {
     "mask": "none",
     "mask_norm": "group",
     "mask_head_channels": [4],
+    "box_pooling": "bags",
+    "renewal_order": "front",
     "init": "released",
     "hidden_dim": 128,
     "num_attention_heads": 4,

@@ -42,6 +42,7 @@ def test_every_size_reaches_its_module() -> None:
         num_box_layers=4,
         pooler_resolution=5,
         pooler_sampling_ratio=1,
+        box_pooling="roi_align",
         dropout=0.25,
         mask_branch_channels=20,
         mask_branch_layers=2,
@@ -62,7 +63,7 @@ def test_every_size_reaches_its_module() -> None:
     assert stage.dynamic_conv.generate.weight.shape == (2 * 24 * 6, 24)
     assert stage.dynamic_conv.out.weight.shape == (24, 25 * 24)
     assert (len(stage.class_tower), len(stage.box_tower)) == (2 * 3, 4 * 3)
-    assert (stage.pooler_resolution, stage.pooler_sampling_ratio) == (5, 1)
+    assert (stage.pooler_resolution, stage.pooler_sampling_ratio, stage.box_pooling) == (5, 1, "roi_align")
     assert stage.mask_params.weight.shape == (6 * 5 + 5 * 4 + 4 * 1 + 5 + 4 + 1, 24)
     assert model.mask_branch.project.weight.shape == (6, 20, 1, 1)
     assert len(model.mask_branch.tower) == 2

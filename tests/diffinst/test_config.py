@@ -7,7 +7,19 @@ from collections import Counter
 import pydantic
 import pytest
 
-from diffinst.config import RELEASED, SECTIONS, Config, ModelConfig, SamplerConfig, TrainConfig, section_of
+from diffinst import config as config_module
+from diffinst.config import (
+    RELEASED,
+    SECTIONS,
+    Config,
+    ModelConfig,
+    SamplerConfig,
+    Section,
+    TrainConfig,
+    added,
+    identity,
+    section_of,
+)
 
 
 def test_every_field_name_belongs_to_one_section() -> None:
@@ -56,3 +68,14 @@ def test_a_config_is_a_value() -> None:
         config.sampler.eta = 0.0
     assert Config.model_validate_json(config.model_dump_json()) == config
     assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_an_added_field_counts_once_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Grown(Section):
+        eta: float = 1.0
+        later: tuple[int, ...] = added((), strict=False)
+
+    monkeypatch.setitem(config_module.SECTIONS, "sampler", Grown)
+    assert identity("sampler", Grown().model_dump(mode="json")) == {"eta": 1.0}
+    assert identity("sampler", {"eta": 1.0}) == {"eta": 1.0}  # as recorded before the field existed
+    assert identity("sampler", Grown(later=(1,)).model_dump(mode="json")) == {"eta": 1.0, "later": [1]}

@@ -68,7 +68,7 @@ def step() -> Step:
     t = torch.from_numpy(np.concatenate([arrays["img0_t"], arrays["img1_t"]]))
     noise = torch.from_numpy(np.stack([arrays["img0_noise"], arrays["img1_noise"]]))
     x_t = NoiseSchedule().add_noise(boxes_to_signal(torch.stack(padded), 2.0), noise, t)
-    boxes_xyxy = to_pixels(signal_to_boxes(x_t, 2.0), batch.whwh)
+    boxes_xyxy = to_pixels(signal_to_boxes(x_t, 2.0), batch.whwh).float()
 
     targets = [sample.target for sample in samples]
     losses = training_losses(model, batch.images, targets, batch.whwh, boxes_xyxy, t, SETTINGS)

@@ -97,7 +97,27 @@ def test_renewal_replaces_each_in_its_slot():
             noise=noise(index, "step"),
         )
         assert_close(after.x_t[now.keep], moved[now.keep], rtol=0, atol=0)
-        assert_close(after.x_t[~now.keep], noise(index, "renewal")[~now.keep], rtol=0, atol=0)
+        assert_close(after.x_t[~now.keep], noise(index, "renewal")[~now.keep].double(), rtol=0, atol=0)
+
+
+def test_renewal_moves_kept_ones_to_the_front():
+    steps = run(sampling_steps=3, renewal_order="front")
+    noise = noise_of(IMAGE_IDS)
+    schedule = NoiseSchedule(1000)
+    for index, (now, after) in enumerate(zip(steps, steps[1:])):
+        for image in range(3):
+            kept = now.keep[image].nonzero()[:, 0]
+            assert 0 < len(kept) < NUM_PROPOSALS
+            moved = ddim_step(
+                now.x_0[image, kept],
+                now.noise_pred[image, kept],
+                alpha=schedule.alpha(now.t),
+                alpha_next=schedule.alpha(after.t),
+                eta=1.0,
+                noise=noise(index, "step")[image, : len(kept)],
+            )
+            fresh = noise(index, "renewal")[image, len(kept) :].double()
+            assert_close(after.x_t[image], torch.cat([moved, fresh]), rtol=0, atol=0)
 
 
 def test_renewal_keeps_by_the_best_class():
@@ -156,7 +176,7 @@ def test_noise_prediction_from_clamped_or_unclamped():
     assert (x_t.abs() > 2).any()
     for choice, seen in [("unclamped", x_t), ("clamped", x_t.clamp(-2, 2))]:
         (step,) = run(predict_noise_from=choice, zero_size_proposals="keep")
-        assert_close(step.noise_pred, schedule.predict_noise(seen, step.x_0, times))
+        assert_close(step.noise_pred, schedule.predict_noise(seen, step.x_0, times), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampling_steps", [1, 2, 4])

@@ -51,14 +51,8 @@ def pool_one_by_one(pyramid, strides, boxes_xyxy, resolution, sampling_ratio):
     return torch.cat(pooled)
 
 
-def force_path(monkeypatch, path):
-    """Both ways of pooling run on the CPU when asked by name."""
-    monkeypatch.setattr(roi, "_pool_by_bags", getattr(roi, path))
-
-
-@pytest.fixture(params=["_pool_by_bags", "_pool_by_level"])
-def path(request, monkeypatch):
-    force_path(monkeypatch, request.param)
+@pytest.fixture(params=["bags", "roi_align"])
+def method(request):
     return request.param
 
 
@@ -80,35 +74,35 @@ def test_levels_of_impossible_boxes():
     assert assign_levels(boxes).tolist() == [3, 0, 0, 3]
 
 
-def test_pool_by_hand(path):
+def test_pool_by_hand(method):
     # A plane f(x, y) = x + 10 y, pixel centres at stride 4: sampling a plane gives the plane at the cell centres.
     height, width = 16, 24
     plane = torch.arange(width)[None] + 10.0 * torch.arange(height)[:, None]
     box = torch.tensor([[[16.0, 8.0, 48.0, 40.0]]])  # in feature pixels x 4..12, y 2..10, less half a pixel
-    pooled = pool_boxes([plane[None, None]], [4], box, resolution=2, sampling_ratio=2)
+    pooled = pool_boxes([plane[None, None]], [4], box, resolution=2, sampling_ratio=2, method=method)
     # cells 4 px wide: centres at x = 3.5 + 2, 3.5 + 6 and y = 1.5 + 2, 1.5 + 6
     assert_close(pooled, torch.tensor([[[[5.5 + 35, 9.5 + 35], [5.5 + 75, 9.5 + 75]]]]))
 
 
-def test_pool_parity(ops, path):
+def test_pool_parity(ops, method):
     pyramid = [ops[f"roi_p{level}"] for level in (2, 3, 4, 5)]
-    pooled = pool_boxes(pyramid, STRIDES, ops["roi_boxes"], resolution=7, sampling_ratio=2)
+    pooled = pool_boxes(pyramid, STRIDES, ops["roi_boxes"], resolution=7, sampling_ratio=2, method=method)
     assert_close(pooled, ops["roi_out"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("resolution", "sampling_ratio"), [(7, 2), (14, 1), (3, 3)])
-def test_pool_equals_one_by_one(path, resolution, sampling_ratio):
+def test_pool_equals_one_by_one(method, resolution, sampling_ratio):
     pyramid, boxes = make_pyramid(), make_boxes()
-    pooled = pool_boxes(pyramid, STRIDES, boxes, resolution=resolution, sampling_ratio=sampling_ratio)
+    pooled = pool_boxes(pyramid, STRIDES, boxes, resolution=resolution, sampling_ratio=sampling_ratio, method=method)
     expected = pool_one_by_one(pyramid, STRIDES, boxes, resolution, sampling_ratio)
     assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_pool_gradients_equal_one_by_one(path):
+def test_pool_gradients_equal_one_by_one(method):
     boxes = make_boxes(dtype=torch.float64)
     gradients = []
     for pool in (
-        lambda levels: pool_boxes(levels, STRIDES, boxes),
+        lambda levels: pool_boxes(levels, STRIDES, boxes, method=method),
         lambda levels: pool_one_by_one(levels, STRIDES, boxes, 7, 2),
     ):
         pyramid = [level.requires_grad_() for level in make_pyramid(dtype=torch.float64)]
@@ -119,27 +113,34 @@ def test_pool_gradients_equal_one_by_one(path):
     assert_close(gradients[0], gradients[1])
 
 
-def test_pool_reads_channels_last_alike(path):
+def test_pool_reads_channels_last_alike(method):
     pyramid, boxes = make_pyramid(channels=8), make_boxes()
     strided = [level.contiguous(memory_format=torch.channels_last) for level in pyramid]
-    assert_close(pool_boxes(strided, STRIDES, boxes), pool_boxes(pyramid, STRIDES, boxes))
+    assert_close(pool_boxes(strided, STRIDES, boxes, method=method), pool_boxes(pyramid, STRIDES, boxes, method=method))
 
 
-def test_pool_survives_boxes_that_are_not_finite(path):
+def test_pool_survives_boxes_that_are_not_finite(method):
     inf, nan = float("inf"), float("nan")
     boxes = torch.tensor([[[nan, nan, nan, nan], [-inf, -inf, inf, inf], [0, 0, inf, 5], [3e38, 0, -3e38, 9]]])
-    pooled = pool_boxes(make_pyramid(batch_size=1), STRIDES, boxes)
+    pooled = pool_boxes(make_pyramid(batch_size=1), STRIDES, boxes, method=method)
     assert pooled.isfinite().all()
 
 
-def test_pool_without_boxes(path):
-    assert pool_boxes(make_pyramid(), STRIDES, torch.zeros(2, 0, 4)).shape == (2 * 0, 3, 7, 7)
+def test_pool_without_boxes(method):
+    assert pool_boxes(make_pyramid(), STRIDES, torch.zeros(2, 0, 4), method=method).shape == (2 * 0, 3, 7, 7)
 
 
-def test_pool_waits_for_nothing(path):
+def test_pool_waits_for_nothing(method):
     # The meta device has no values: whatever would need one on the host raises.
     pyramid = [level.to("meta") for level in make_pyramid()]
-    assert pool_boxes(pyramid, STRIDES, make_boxes().to("meta")).shape == (60, 3, 7, 7)
+    assert pool_boxes(pyramid, STRIDES, make_boxes().to("meta"), method=method).shape == (60, 3, 7, 7)
+
+
+def test_auto_takes_bags_on_a_cpu():
+    pyramid, boxes = make_pyramid(), make_boxes()
+    auto, bags, operator = (pool_boxes(pyramid, STRIDES, boxes, method=m) for m in ("auto", "bags", "roi_align"))
+    assert torch.equal(auto, bags)
+    assert not torch.equal(auto, operator)  # they round otherwise
 
 
 @given(st.integers(1, 3), st.integers(0, 6))
