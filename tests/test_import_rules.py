@@ -43,6 +43,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.report.frames": {"torch", "diffinst.model", "pandas"},
     "bench.diffbench": {"torch", "diffinst.model", "pandas"},
+    "bench.stats.bootstrap": {"torch", "diffinst", "matplotlib", "pandas"},
 }
 
 # Of the harness, only these may import diffinst beyond its configuration and errors, or torch.

@@ -1,0 +1,1 @@
+"""How sure a number is: intervals, differences, noise. Loads neither torch nor the model."""
