@@ -21,6 +21,7 @@ from diffinst.heads.released_init import released_init_
 from diffinst.model import DiffusionInst
 
 _PREFIX = "backbone."
+_CHECKPOINT = "model/"  # before the names of weights in a checkpoint
 _SHOWN = 3  # mismatches named in an error
 
 
@@ -39,7 +40,8 @@ def _difference(backbone: Backbone, state: dict[str, Tensor]) -> list[str]:
 def load_backbone_weights(backbone: Backbone, path: Path) -> None:
     """Copies weights from a safetensors file into a backbone.
 
-    The file holds a backbone's state dict or a whole model's, of which the part under "backbone." is taken.
+    The file holds a backbone's state dict, or a whole model's or a checkpoint, of which the part under "backbone." is
+    taken.
 
     Raises:
         CheckpointError: no such file, not a safetensors file, or the weights of another backbone.
@@ -55,6 +57,8 @@ def load_backbone_weights(backbone: Backbone, path: Path) -> None:
             f"backbone_weights: {path}: not a safetensors file, or truncated ({error}). Export the state dict with "
             "safetensors.torch.save_file."
         ) from error
+    if any(key.startswith(_CHECKPOINT) for key in state):
+        state = {key.removeprefix(_CHECKPOINT): value for key, value in state.items() if key.startswith(_CHECKPOINT)}
     if any(key.startswith(_PREFIX) for key in state):
         state = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
     difference = _difference(backbone, state)

@@ -9,8 +9,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pydantic
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,8 @@ from diffinst.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _FORMAT_KEY = "diffinst_format"
-_MODEL, _OPTIMIZER = "model/", "optimizer/"
+SOURCE_KEY = "source"
+_MODEL, _OPTIMIZER, _EMA = "model/", "optimizer/", "ema/"
 _SHOWN = 3  # mismatches named in an error
 
 
@@ -31,6 +33,8 @@ class Checkpoint:
     """What a file holds; tensors on the CPU.
 
     iteration: finished training iterations. class_names: K names, empty if unknown. optimizer: empty in a final file.
+    source: where imported weights come from, empty for those trained here; see `diffinst.weights.importing`.
+    ema: moving average of `model`, of the same names; empty where none was kept.
     """
 
     path: Path
@@ -39,6 +43,8 @@ class Checkpoint:
     class_names: tuple[str, ...]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    source: dict[str, Any] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -63,6 +69,8 @@ def save_checkpoint(
     iteration: int,
     class_names: tuple[str, ...] = (),
     optimizer: Mapping[str, Tensor] | None = None,
+    source: Mapping[str, Any] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -71,17 +79,25 @@ def save_checkpoint(
         config: of the whole run, with `num_classes` set.
         iteration: finished training iterations.
         optimizer: named tensors, see `diffinst.engine.optim.optimizer_tensors`; None for a file that is only evaluated.
+        source: where imported weights come from, as JSON.
+        ema: moving average of the state dict.
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    tensors = {_MODEL + name: value.detach().cpu().contiguous() for name, value in model.items()}
-    tensors |= {_OPTIMIZER + name: value.detach().cpu().contiguous() for name, value in (optimizer or {}).items()}
+    parts = {_MODEL: model, _OPTIMIZER: optimizer or {}, _EMA: ema or {}}
+    tensors = {
+        prefix + name: value.detach().cpu().contiguous()
+        for prefix, part in parts.items()
+        for name, value in part.items()
+    }
     metadata = {
         _FORMAT_KEY: str(FORMAT_VERSION),
         "config": config.model_dump_json(),
         "iteration": str(iteration),
         "class_names": json.dumps(class_names),
     }
+    if source:
+        metadata[SOURCE_KEY] = json.dumps(source)
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -92,19 +108,21 @@ def save_checkpoint(
         ) from error
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
     """Read a checkpoint.
 
+    Args:
+        with_tensors: False reads the head of the file alone, and leaves the dicts of tensors empty.
     Raises:
         CheckpointError: missing, truncated, or not written by this program in this format.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Give a .safetensors file written by `diffinst train`.")
-    parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}}
+    parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _EMA: {}}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 - not a dict
+            for key in file.keys() if with_tensors else ():
                 for prefix, tensors in parts.items():
                     if key.startswith(prefix):
                         tensors[key.removeprefix(prefix)] = file.get_tensor(key)
@@ -137,22 +155,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
         class_names=tuple(json.loads(metadata["class_names"])),
         model=parts[_MODEL],
         optimizer=parts[_OPTIMIZER],
+        ema=parts[_EMA],
+        source=json.loads(metadata.get(SOURCE_KEY, "{}")),
     )
 
 
-def load_model_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same configuration.
+def load_model_weights(model: nn.Module, checkpoint: Checkpoint, *, use_ema: bool = False) -> None:
+    """Copy a checkpoint's weights, or their moving average, into a model of the same configuration.
 
     Raises:
-        CheckpointError: names or shapes differ; the model is left unchanged.
+        CheckpointError: names or shapes differ, or no average was kept; the model is left unchanged.
     """
-    own = model.state_dict()
-    differences = [f"{key} is missing" for key in own if key not in checkpoint.model]
-    differences += [f"{key} is unknown to the model" for key in checkpoint.model if key not in own]
+    if use_ema and not checkpoint.ema:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds no moving average of the weights. Set sampler.use_ema to false, or train with "
+            "train.ema_decay (0.999 in the released code)."
+        )
+    found, own = checkpoint.ema if use_ema else checkpoint.model, model.state_dict()
+    differences = [f"{key} is missing" for key in own if key not in found]
+    differences += [f"{key} is unknown to the model" for key in found if key not in own]
     differences += [
-        f"{key} is {tuple(checkpoint.model[key].shape)} instead of {tuple(value.shape)}"
+        f"{key} is {tuple(found[key].shape)} instead of {tuple(value.shape)}"
         for key, value in own.items()
-        if key in checkpoint.model and checkpoint.model[key].shape != value.shape
+        if key in found and found[key].shape != value.shape
     ]
     if differences:
         more = f", and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
@@ -160,7 +185,26 @@ def load_model_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: checkpoint of another model: {'; '.join(differences[:_SHOWN])}{more}. Use the model "
             "configuration stored in the checkpoint, or a checkpoint of this model."
         )
-    model.load_state_dict(checkpoint.model)
+    model.load_state_dict(found)
+
+
+def read_weights_metadata(path: Path) -> Checkpoint:
+    """What a file that `load_weights_file` takes says about itself: configuration, classes, source; without tensors.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
+    return load_checkpoint(path, with_tensors=False)
+
+
+def load_weights_file(path: Path, model: nn.Module, *, use_ema: bool = False) -> None:
+    """Copy the weights of a whole model from a file that `diffinst train` or `diffinst import-weights` wrote.
+
+    Raises:
+        CheckpointError: no such file, another kind of file, names or shapes differ, or the moving average is asked for
+            and not there; the model is left unchanged.
+    """
+    load_model_weights(model, load_checkpoint(path), use_ema=use_ema)
 
 
 def _fsync(path: Path) -> None:

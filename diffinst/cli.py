@@ -1,4 +1,7 @@
-"""diffinst train | evaluate | predict: parse, call one function, print. A user's mistake: one line, exit code 2."""
+"""diffinst train | evaluate | predict | import-weights | export-weights: parse, call one function, print.
+
+A user's mistake: one line, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from diffinst.config import SECTIONS, Config, section_of
+from diffinst.config import RELEASED, SECTIONS, Config, section_of
 from diffinst.errors import ConfigError, DataError, DiffInstError
 
 if TYPE_CHECKING:
     import torch
 
     from diffinst.checkpoint import Checkpoint
+    from diffinst.engine.predict import Medium
     from diffinst.model import DiffusionInst
 
 app = typer.Typer(
@@ -37,6 +41,7 @@ DataRootOption = Annotated[
     Path | None, typer.Option("--data-root", help="folder of data sets; default: $DIFFINST_DATASETS")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+ForceOption = Annotated[bool, typer.Option("--force", help="replace what is there already")]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training")]
 
 
@@ -100,15 +105,15 @@ def evaluate(
     data_root: DataRootOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Predict the validation split and score it: the COCO numbers for boxes and masks."""
+    """Predict the validation split and score it: the COCO or LVIS numbers for boxes and masks."""
     from rich.progress import Progress
 
     from diffinst.checkpoint import replacing
     from diffinst.data import catalog
     from diffinst.data.coco import open_dataset
     from diffinst.engine.evaluate import predict_split
-    from diffinst.evaluation.coco_ap import score_coco
     from diffinst.evaluation.predictions import iter_predictions
+    from diffinst.evaluation.scoring import score_split
 
     loaded = _load(checkpoint)
     base = loaded.config if config_file is None else read_config(config_file, [])
@@ -130,7 +135,7 @@ def evaluate(
     with Progress() as bar, _interruptible() as stopped:
         task = bar.add_task("validation images", total=len(dataset))
         done = predict_split(
-            _model(loaded, device),
+            _model(loaded, device, use_ema=config.sampler.use_ema),
             dataset,
             config.sampler,
             folder,
@@ -143,13 +148,7 @@ def evaluate(
         typer.echo(f"stopped after {done} of {len(dataset)} images; the same command goes on")
         raise typer.Exit(130)
     paths = catalog.resolve(config.data, "val", data_root)
-    scores = score_coco(
-        paths.annotations,
-        iter_predictions(folder),
-        class_agnostic=config.data.class_agnostic,
-        image_ids=dataset.image_ids,
-        skip_invalid=config.data.skip_invalid,
-    )
+    scores = score_split(config.data, paths.annotations, iter_predictions(folder), image_ids=dataset.image_ids)
     for name, value in scores.metrics.items():
         typer.echo(f"{name:12s} {f'{value:.4f}' if value is not None else f'not defined: {scores.reasons[name]}'}")
     try:
@@ -163,36 +162,61 @@ def evaluate(
 @app.command()
 def predict(
     checkpoint: CheckpointArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="photographs, and folders of them")],
-    out: Annotated[Path, typer.Option("--out", help="folder of the drawn photographs and predictions.json")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="photographs, videos, and folders of them")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the drawn files, with their detections beside them")],
     override: SetOption = None,
     draw_threshold: Annotated[
         float, typer.Option("--draw-threshold", min=0.0, max=1.0, help="lowest score that is drawn")
     ] = 0.3,
+    force: ForceOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw boxes, masks, classes and scores on photographs, and write all detections as COCO results."""
-    from rich.progress import Progress
+    """Draw boxes, masks, classes and scores on photographs and videos, and write all detections as COCO results.
 
-    from diffinst.engine.predict import find_photographs
+    Ctrl-C ends after the picture at hand; a video that was not finished is shorter, and plays.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from diffinst.engine.predict import find_media
     from diffinst.engine.predict import predict as run_prediction
 
-    photographs = find_photographs(images)
+    media = find_media(files)
     loaded = _load(checkpoint)
     config = override_config(loaded.config, override or [], allowed=("sampler", "data"))
-    with Progress() as bar:
-        task = bar.add_task("photographs", total=len(photographs))
-        path = run_prediction(
-            _model(loaded, device),
-            photographs,
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar, _interruptible() as stopped:
+        photographs = bar.add_task("photographs", total=sum(not medium.is_video for medium in media))
+        bar.update(photographs, visible=any(not medium.is_video for medium in media))
+        videos = {medium: bar.add_task(medium.path.name, visible=False) for medium in media if medium.is_video}
+
+        def show(medium: Medium, done: int, total: int | None) -> None:
+            if medium.is_video:
+                bar.update(videos[medium], completed=done, total=total, visible=True)
+            else:
+                bar.advance(photographs)
+
+        done = run_prediction(
+            _model(loaded, device, use_ema=config.sampler.use_ema),
+            media,
             out,
             data=config.data,
             settings=config.sampler,
             class_names=loaded.class_names,
             draw_threshold=draw_threshold,
-            on_image=lambda *_: bar.advance(task),
+            force=force,
+            report=show,
+            stop=lambda: bool(stopped),
         )
-    typer.echo(f"drew {len(photographs)} photographs; all detections are in {path}")
+    if done < len(media):
+        typer.echo(f"stopped after {done} of {len(media)} files; what was done is in {out}")
+        raise typer.Exit(130)
+    typer.echo(f"drew {_counted(media)}; all detections are beside them in {out}")
+
+
+def _counted(media: Sequence[Medium]) -> str:
+    videos = sum(medium.is_video for medium in media)
+    counts = {"photograph": len(media) - videos, "video": videos}
+    return " and ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
 
 
 def read_config(path: Path, overrides: list[str]) -> Config:
@@ -297,13 +321,13 @@ def _load(path: Path) -> Checkpoint:
     return load_checkpoint(path)
 
 
-def _model(checkpoint: Checkpoint, device: str) -> DiffusionInst:
+def _model(checkpoint: Checkpoint, device: str, *, use_ema: bool) -> DiffusionInst:
     from diffinst.build import build_model
     from diffinst.checkpoint import load_model_weights
 
     # The checkpoint brings all weights: none are fetched or read a second time.
     model = build_model(checkpoint.config.model.model_copy(update={"backbone_weights": "none"}))
-    load_model_weights(model, checkpoint)
+    load_model_weights(model, checkpoint, use_ema=use_ema)
     return model.to(_device(device)).eval()
 
 
@@ -338,6 +362,88 @@ def _interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@app.command("import-weights")
+def import_weights(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help=".pkl or .pth of DiffusionInst, DiffusionDet, a ResNet or a Swin")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="where the converted weights go")],
+    override: SetOption = None,
+    preset: Annotated[
+        Literal["fixed", "released"],
+        typer.Option("--preset", help="how evaluate and predict sample by default: see DIFFERENCES.md"),
+    ] = "fixed",
+    classes: Annotated[
+        Path | None, typer.Option("--classes", help="names: a text file, one a line, or COCO or LVIS annotations")
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Convert weights of the released code; nothing in the file is executed.
+
+    A whole model gives a file for evaluate, predict and a suite's model.weights; a backbone one for backbone_weights.
+    """
+    from diffinst.weights.importing import import_weights as run_import
+
+    _check_new_file(out, (".safetensors",), force=force, source=file)
+    base = override_config(_validated(RELEASED if preset == "released" else {}, "--preset"), override or [])
+    given = [text.partition("=")[0].strip().rpartition(".")[2] for text in override or []]
+    imported = run_import(file, out, base, given=given, class_names=_class_names(classes) if classes else ())
+    count = sum(value.numel() for value in imported.weights.values())
+    average = ", and their moving average" if imported.ema else ""
+    typer.echo(f"wrote {out}: {imported.kind}, {len(imported.weights)} tensors of {count:,} numbers{average}")
+    typer.echo(f"read off the shapes: {_listed(imported.settings)}")
+    if imported.assumed:
+        typer.echo(f"not in the file, so as released (--set changes them): {_listed(imported.assumed)}")
+    if imported.filled:
+        typer.echo(f"not in the file, so as they start: {', '.join(imported.filled)}")
+    if imported.left_out:
+        typer.echo(f"left out, computed or of no use here: {len(imported.left_out)} names, {imported.left_out[0]} ...")
+
+
+@app.command("export-weights")
+def export_weights(
+    checkpoint: CheckpointArgument,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.pth|.pkl", help="for torch.load, or as detectron2's model zoo has it")
+    ],
+    force: ForceOption = False,
+) -> None:
+    """Write a checkpoint's weights under the names of the released code."""
+    from diffinst.weights.exporting import SUFFIXES
+    from diffinst.weights.exporting import export_weights as run_export
+
+    _check_new_file(out, SUFFIXES, force=force, source=checkpoint)
+    typer.echo(f"wrote {out}: {run_export(checkpoint, out)} tensors")
+
+
+def _check_new_file(out: Path, suffixes: tuple[str, ...], *, force: bool, source: Path) -> None:
+    """Refuses to write where something is already, and formats that are not written."""
+    if out.suffix not in suffixes:
+        raise ConfigError(f"--out {out}: is not allowed. Allowed: a file name that ends in {' or '.join(suffixes)}")
+    if out.exists() and (not force or out.is_dir() or (source.exists() and out.samefile(source))):
+        raise ConfigError(f"--out {out}: is there already. Choose another name, or replace it with --force")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}. Make it first")
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    """Names in the order of the classes: the lines of a text, or the categories of COCO or LVIS annotations by id."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            categories = sorted(json.loads(text)["categories"], key=lambda category: category["id"])
+            return tuple(str(category["name"]) for category in categories)
+    except OSError as error:
+        raise ConfigError(f"--classes {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--classes {path}: has no list of categories with id and name") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in values.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

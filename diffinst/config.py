@@ -30,7 +30,18 @@ def added(default: Any, **settings: Any) -> Any:
     return Field(default=default, json_schema_extra={_NEUTRAL: True}, **settings)
 
 
-BackboneName = Literal["resnet50", "resnet101", "efficientnet_lite0", "tiny"]
+BackboneName = Literal[
+    "resnet50",
+    "resnet101",
+    "swin_t",
+    "swin_s",
+    "swin_b",
+    "swin_l",
+    "swin_b_384",
+    "swin_l_384",
+    "efficientnet_lite0",
+    "tiny",
+]
 
 
 class Section(BaseModel):
@@ -47,8 +58,11 @@ class ModelConfig(Section):
         default="none",
         description="'none' (random), 'imagenet' (where an installable package carries them), or a safetensors file",
     )
+    weights: str = added(
+        "none", description="a safetensors file with the whole model's weights: nothing is trained; or 'none'"
+    )
     freeze_at: Annotated[int, Field(ge=0, le=5)] = Field(
-        default=2, description="ResNet stages frozen in training: 0 none, 1 stem, 2 stem and res2, ..."
+        default=2, description="stages frozen in training: 0 none, 1 stem, 2 stem and res2, ...; Swin and tiny: none"
     )
     num_classes: PositiveInt | None = Field(default=None, description="None: taken from the data set")
     hidden_dim: PositiveInt = 256
@@ -60,8 +74,8 @@ class ModelConfig(Section):
     num_box_layers: NonNegativeInt = 3
     pooler_resolution: PositiveInt = 7
     pooler_sampling_ratio: PositiveInt = 2
-    box_pooling: Literal["auto", "roi_align", "bags"] = Field(
-        default="auto",
+    box_pooling: Literal["auto", "roi_align", "bags"] = added(
+        "auto",
         description="torchvision's roi_align (release), weighted bags of pixels, or the faster: bags on a CPU",
     )
     dropout: Probability = 0.0
@@ -99,8 +113,8 @@ class SamplerConfig(Section):
     eta: Probability = Field(default=1.0, description="0 is deterministic DDIM, 1 is ancestral sampling")
     renewal: bool = True
     renewal_threshold: Probability = 0.5
-    renewal_order: Literal["front", "in_place"] = Field(
-        default="in_place", description="kept proposals move to the front (release), or stay in their slots"
+    renewal_order: Literal["front", "in_place"] = added(
+        "in_place", description="kept proposals move to the front (release), or stay in their slots"
     )
     ensemble: Literal["all", "all_but_last", "none"] = Field(
         default="all",
@@ -119,6 +133,33 @@ class SamplerConfig(Section):
     mask_clip: Literal["truncated", "covering"] = Field(
         default="covering", description="masks end at the box: corners truncated (release), or every pixel it touches"
     )
+    use_ema: bool = added(False, description="the moving average of the weights, which train.ema_decay keeps")
+    tta: bool = added(False, description="test-time augmentation: all of tta_*; false: the test size alone")
+    tta_shortest_edges: IntTuple = added((400, 500, 600, 640, 700, 900, 1000, 1100, 1200, 1300, 1400, 1800, 800))
+    tta_longest_edge: PositiveInt = added(4000)
+    tta_flip: bool = added(True, description="each size mirrored, too")
+    tta_min_box_sizes: IntTuple = added(
+        (96, 96, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0),
+        description="of each size, detections whose box is larger are kept: root of the area in its pixels; empty: all",
+    )
+    tta_max_box_sizes: IntTuple = added(
+        (10000, 10000, 10000, 10000, 10000, 10000, 10000, 256, 256, 192, 192, 96, 10000),
+        description="of each size, detections whose box is smaller are kept; empty: all",
+    )
+    tta_merge: Literal["soft_vote", "vote", "nms"] = added("soft_vote")
+    tta_vote_iou_threshold: Probability = added(0.65, description="boxes that vote together")
+
+    @model_validator(mode="after")
+    def _check_augmentation(self) -> SamplerConfig:
+        num_sizes = len(self.tta_shortest_edges)
+        if not num_sizes:
+            raise ValueError("tta_shortest_edges needs at least one size")
+        if min(self.tta_shortest_edges) < 1:
+            raise ValueError(f"tta_shortest_edges {list(self.tta_shortest_edges)} must be at least 1 each")
+        for name in ("tta_min_box_sizes", "tta_max_box_sizes"):
+            if len(getattr(self, name)) not in (0, num_sizes):
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {num_sizes} tta_shortest_edges")
+        return self
 
 
 class TrainConfig(Section):
@@ -153,6 +194,14 @@ class TrainConfig(Section):
     mask_weight: NonNegativeFloat = 5.0
     focal_alpha: Probability = 0.25
     focal_gamma: NonNegativeFloat = 2.0
+    class_loss: Literal["focal", "bce"] = added("focal")
+    federated_loss: bool = added(False, description="classes of the batch and sampled others only (LVIS)")
+    federated_classes: PositiveInt = added(50, description="per stage; the background index counts, so one less")
+    federated_power: NonNegativeFloat = added(0.5, description="of a class's image count, its weight when sampled")
+    repeat_threshold: PositiveFloat | None = added(
+        None, description="images of classes on a smaller share of images are repeated (LVIS: 0.001); null: no"
+    )
+    ema_decay: Probability | None = added(None, description="moving average of the weights; null: none")
     checkpoint_every: PositiveInt = 5000
     log_every: PositiveInt = 20
     num_workers: NonNegativeInt = 0
@@ -180,6 +229,7 @@ class DataConfig(Section):
     )
     val_image_ids: str | None = Field(default=None, description="text file, one image id a line, restricting the split")
     class_agnostic: bool = Field(default=False, description="all categories become one")
+    annotation_format: Literal["coco", "lvis"] = added("coco", description="of a custom data set's files")
     skip_invalid: bool = Field(default=False, description="drop malformed annotations (counted) instead of stopping")
     shortest_edge_train: IntTuple = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     longest_edge_train: PositiveInt = 1333
@@ -222,6 +272,12 @@ class Config(Section):
         steps, timesteps = self.sampler.sampling_steps, self.model.num_train_timesteps
         if steps > timesteps:
             raise ValueError(f"sampling_steps ({steps}) must not exceed num_train_timesteps ({timesteps})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_average(self) -> Config:
+        if self.sampler.use_ema and self.train.ema_decay is None and self.model.weights == "none":
+            raise ValueError("use_ema needs the average that ema_decay keeps (0.999 as released), or model.weights")
         return self
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffinst.federated import FederatedDraws, choose_classes
 from diffinst.matching import PaddedTargets, match, pad_targets
 from diffinst.ops.boxes import paired_giou
 from diffinst.ops.masks import subsample_masks
@@ -74,6 +75,8 @@ def compute_losses(
     *,
     matcher: Literal["released", "fixed"] = "fixed",
     empty_batch_loss: Literal["released", "fixed"] = "fixed",
+    class_loss: Literal["focal", "bce"] = "focal",
+    federated: FederatedDraws | None = None,
     ota_k: int = 5,
     class_weight: float = 2.0,
     l1_weight: float = 5.0,
@@ -85,7 +88,8 @@ def compute_losses(
     """Match every stage's proposals to the instances and compute the weighted losses; the total is their plain sum.
 
     All are sums over the batch divided by the number of matched proposals of that stage (at least 1):
-    "loss_ce" sigmoid focal loss of all proposals and classes (arXiv:1708.02002), and over the matched proposals
+    "loss_ce" sigmoid focal loss (arXiv:1708.02002) or cross-entropy of all proposals and classes, or of the classes
+    that `diffinst.federated.choose_classes` takes, and over the matched proposals
     "loss_bbox" L1 of boxes in units of the image, "loss_giou" 1 - GIoU, "loss_masks" 1 - dice of the mask probabilities
     at the stride of the mask features. The dynamic mask head runs on the matched proposals only, once for all stages.
 
@@ -95,7 +99,9 @@ def compute_losses(
         targets: of the B images, on the same device, masks at the size of the mask features.
         whwh: (B, 4) width, height, width, height of the unpadded images.
         mask_head: runs the filters; needed with masks.
-        matcher, ota_k, focal_alpha, focal_gamma: see `diffinst.matching.match`; the weights also weigh its costs.
+        matcher, class_loss, ota_k, focal_alpha, focal_gamma: see `diffinst.matching.match`; the weights also weigh its
+            costs.
+        federated: of the same stages, on the same device; None lets all classes take part.
         empty_batch_loss: in a batch without any instance 'fixed' gives mask features and filters a gradient of zero,
             'released' none at all, so that an optimiser leaves their parameters alone.
     Returns:
@@ -110,6 +116,7 @@ def compute_losses(
             targets.padded,
             whwh,
             method=matcher,
+            class_loss=class_loss,
             ota_k=ota_k,
             class_weight=class_weight,
             l1_weight=l1_weight,
@@ -123,7 +130,13 @@ def compute_losses(
         by_stage = stage == torch.arange(num_stages, device=stage.device)[:, None]  # (S, P) bool
         num_matched = by_stage.sum(1).clamp(min=1)
 
-        focal = _focal_loss(output.class_logits.float(), matched_gt, targets.padded.labels, focal_alpha, focal_gamma)
+        labels = _labels_of(matched_gt, targets.padded.labels, background=output.class_logits.shape[-1])
+        by_class = _class_loss(
+            output.class_logits.float(), labels, None if class_loss == "bce" else (focal_alpha, focal_gamma)
+        )
+        if federated is not None:
+            takes_part = choose_classes(federated, labels.flatten(1))
+            by_class = torch.where(takes_part[:, None, None], by_class, 0)
         predicted = output.boxes_xyxy[stage, image, proposal].float()
         wanted = targets.padded.boxes_xyxy[image, instance]
         per_pair = {
@@ -143,7 +156,7 @@ def compute_losses(
                 )
         # A masked sum adds in a fixed order, unlike index_add on a GPU.
         sums = {name: torch.where(by_stage, loss, 0).sum(1) for name, loss in per_pair.items()}
-        sums = {"loss_ce": class_weight * focal} | sums
+        sums = {"loss_ce": class_weight * by_class.sum((1, 2, 3))} | sums
         losses = {}
         for name, value in sums.items():
             *earlier, last = (value / num_matched).unbind()
@@ -152,18 +165,24 @@ def compute_losses(
     return losses
 
 
-def _focal_loss(class_logits: Tensor, matched_gt: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
-    """(S, B, N, K) logits, (S, B, N) matched instance or -1, (B, G) labels -> (S,) sums over all else."""
+def _labels_of(matched_gt: Tensor, labels: Tensor, background: int) -> Tensor:
+    """(S, B, N) matched instance or -1, (B, G) labels -> (S, B, N) class of each proposal."""
     if labels.shape[1] == 0:
-        is_class = torch.zeros_like(class_logits, dtype=torch.bool)
-    else:
-        label = labels.expand(len(matched_gt), -1, -1).gather(2, matched_gt.clamp(min=0))
-        label = torch.where(matched_gt >= 0, label, -1)
-        is_class = label.unsqueeze(-1) == torch.arange(class_logits.shape[-1], device=label.device)
-    # With y the logit of the wrong answer, the loss is alpha_t * sigmoid(y)^gamma * softplus(y).
+        return torch.full_like(matched_gt, background)
+    label = labels.expand(len(matched_gt), -1, -1).gather(2, matched_gt.clamp(min=0))
+    return torch.where(matched_gt >= 0, label, background)
+
+
+def _class_loss(class_logits: Tensor, labels: Tensor, focal: tuple[float, float] | None) -> Tensor:
+    """(S, B, N, K) logits, (S, B, N) labels, K for none -> (S, B, N, K). focal: alpha, gamma; None: cross-entropy."""
+    is_class = labels.unsqueeze(-1) == torch.arange(class_logits.shape[-1], device=labels.device)
+    # With y the logit of the wrong answer, cross-entropy is softplus(y), and focal loss weighs it so.
     wrong = torch.where(is_class, -class_logits, class_logits)
+    if focal is None:
+        return F.softplus(wrong)
+    alpha, gamma = focal
     weight = torch.where(is_class, alpha, 1 - alpha)
-    return (weight * wrong.sigmoid() ** gamma * F.softplus(wrong)).sum((1, 2, 3))
+    return weight * wrong.sigmoid() ** gamma * F.softplus(wrong)
 
 
 def _dice_loss(mask_logits: Tensor, masks: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def match(
     whwh: Tensor,
     *,
     method: Literal["released", "fixed"] = "fixed",
+    class_loss: Literal["focal", "bce"] = "focal",
     ota_k: int = 5,
     class_weight: float = 2.0,
     l1_weight: float = 5.0,
@@ -85,6 +86,7 @@ def match(
         boxes_xyxy: (..., B, N, 4) predicted, in pixels; may be empty or outside the image.
         targets: padded instances of the B images.
         whwh: (B, 4) width, height, width, height of the unpadded images.
+        class_loss: the class cost follows the loss: focal, or cross-entropy, which alpha and gamma do not touch.
         ota_k: how many IoUs are summed; fewer when there are fewer proposals (where the release raises).
     Returns:
         (..., B, N) int64 index of the instance within its image, -1 for background.
@@ -101,8 +103,7 @@ def match(
         targets,
         whwh,
         weights=(class_weight, l1_weight, giou_weight),
-        focal_alpha=focal_alpha,
-        focal_gamma=focal_gamma,
+        focal=None if class_loss == "bce" else (focal_alpha, focal_gamma),
     )
     is_valid = targets.is_valid.expand(cost.shape[:-1]).flatten(0, -2)
     cost, iou = cost.flatten(0, -3), iou.flatten(0, -3)  # (..., B, G, N) -> (L, G, N)
@@ -125,10 +126,12 @@ def _cost_and_iou(
     whwh: Tensor,
     *,
     weights: tuple[float, float, float],
-    focal_alpha: float,
-    focal_gamma: float,
+    focal: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Cost (inf for padding) and IoU of every instance with every proposal, each (..., B, G, N)."""
+    """Cost (inf for padding) and IoU of every instance with every proposal, each (..., B, G, N).
+
+    focal: alpha and gamma of the class cost, None for cross-entropy.
+    """
     predicted = [side.unsqueeze(-2) for side in boxes_xyxy.unbind(-1)]  # 4 x (..., B, 1, N)
     wanted = [side.unsqueeze(-1) for side in targets.boxes_xyxy.unbind(-1)]  # 4 x (B, G, 1)
     sizes = [side.reshape(-1, 1, 1) for side in whwh.unbind(-1)]  # 4 x (B, 1, 1)
@@ -139,8 +142,11 @@ def _cost_and_iou(
     labels = targets.labels.expand(*boxes_xyxy.shape[:-2], -1)  # (..., B, G)
     logits = class_logits.gather(-1, labels.unsqueeze(-2).expand(*boxes_xyxy.shape[:-1], -1)).transpose(-1, -2)
     probability = logits.sigmoid()
-    negative = (1 - focal_alpha) * probability**focal_gamma * -(1 - probability + _LOG_EPS).log()
-    positive = focal_alpha * (1 - probability) ** focal_gamma * -(probability + _LOG_EPS).log()
+    negative, positive = -(1 - probability + _LOG_EPS).log(), -(probability + _LOG_EPS).log()
+    if focal is not None:
+        alpha, gamma = focal
+        negative = (1 - alpha) * probability**gamma * negative
+        positive = alpha * (1 - probability) ** gamma * positive
 
     in_box, in_region = _centre_inside(predicted, wanted)
     class_weight, l1_weight, giou_weight = weights

@@ -89,7 +89,7 @@ def finish(
     boxes_xyxy = boxes_xyxy[kept]
     masks = None
     if candidates.mask_params is not None and mask_features is not None and mask_head is not None:
-        masks = _decode_masks(
+        masks = decode_masks(
             mask_head,
             mask_features,
             candidates.mask_params[kept],
@@ -120,7 +120,7 @@ def _best_pairs(step: StepPrediction) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return boxes_xyxy, scores, pairs % num_classes, proposals
 
 
-def _decode_masks(
+def decode_masks(
     mask_head: Callable[[Tensor, Tensor], Tensor],
     mask_features: Tensor,
     mask_params: Tensor,
@@ -130,8 +130,14 @@ def _decode_masks(
     image_size: tuple[int, int],
     original_size: tuple[int, int],
     settings: SamplerConfig,
+    mirrored: bool = False,
 ) -> Tensor:
-    """(D, *original_size) bool; D may be 0."""
+    """Masks of boxes (D, 4) in pixels of the original image, as (D, *original_size) bool; D may be 0.
+
+    Args:
+        mirrored: the network saw the image mirrored, left to right; boxes and masks are those of the image.
+        mask_head, mask_features, mask_params, stride, image_size, original_size, settings: as for `finish`.
+    """
     chunk = max(1, _MAX_MASK_FLOATS // mask_features[0].numel())
     pasted = [
         paste_masks(
@@ -142,6 +148,7 @@ def _decode_masks(
             output_size=original_size,
             threshold=settings.mask_threshold,
             clip=settings.mask_clip,
+            mirrored=mirrored,
         )
         for params, boxes in zip(mask_params.split(chunk), boxes_xyxy.split(chunk))
     ]

@@ -70,6 +70,11 @@ def tiny_config(**train: Any) -> Config:
     return Config(model=MODEL, train=TRAIN.model_copy(update=train))
 
 
+def killed_config() -> Config:
+    """Of the script: with all the state that a training can have."""
+    return tiny_config(ema_decay=0.9)
+
+
 def tiny_model() -> DiffusionInst:
     return seeded_model(MODEL, 0)
 
@@ -81,4 +86,4 @@ def wait_to_be_killed(progress: TrainProgress) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    train(tiny_model(), Rectangles(), tiny_config(), Path(sys.argv[1]), progress=wait_to_be_killed)
+    train(tiny_model(), Rectangles(), killed_config(), Path(sys.argv[1]), progress=wait_to_be_killed)

@@ -56,7 +56,17 @@ LAYOUTS: dict[str, tuple[_Layout, ...]] = {
         _Layout("nuclei/annotations/instances_{split}.json", "nuclei/images"),
         _Layout("annotations/instances_{split}.json", "images"),
     ),
+    # The images of LVIS are COCO's, each in the folder that the annotations name: coco/train2017, coco/val2017.
+    "lvis": (_Layout("lvis/lvis_v1_{split}.json", "coco"),),
+    "lvis_v05": (_Layout("lvis/lvis_v0.5_{split}.json", "coco"),),
+    # 61 images of the validation split of v0.5, for both splits: most of their classes are on one image only, so a part
+    # that is held out could not be scored. Its scores show that all parts work together, and nothing of generalisation.
+    "lvis_tiny": (
+        _Layout("lvis_tiny/lvis_v0.5_val_tiny.json", "lvis_tiny/images"),
+        _Layout("lvis_v0.5_val_tiny.json", "images"),
+    ),
 }
+LVIS_NAMES = ("lvis", "lvis_v05", "lvis_tiny")
 NAMES = ("shapes", *LAYOUTS, "custom")
 
 
@@ -79,6 +89,21 @@ def check_name(data: DataConfig) -> None:
             f"{', '.join(given)}: only for dataset 'custom', but dataset is '{data.dataset}'. "
             "Leave them out, or set dataset: custom"
         )
+    if data.dataset != "custom" and data.annotation_format != "coco":
+        raise DataError(
+            f"annotation_format: only for dataset 'custom', but dataset is '{data.dataset}'. Leave it out, or set "
+            "dataset: custom"
+        )
+    if data.class_agnostic and annotation_format(data) == "lvis":
+        raise DataError(
+            f"class_agnostic: not for LVIS annotations (dataset '{data.dataset}'): an image is annotated for some of "
+            "the classes only. Set class_agnostic: false"
+        )
+
+
+def annotation_format(data: DataConfig) -> Literal["coco", "lvis"]:
+    """What the annotation files of a data set hold, and so how its predictions are scored."""
+    return "lvis" if data.dataset in LVIS_NAMES else data.annotation_format
 
 
 def resolve(data: DataConfig, split: Split, root: str | Path | None = None) -> SplitPaths:
@@ -159,7 +184,9 @@ def _find_named(data: DataConfig, split: Split, root: Path | None) -> SplitPaths
 
 def _check_pair(paths: SplitPaths, annotations_name: str, images_name: str) -> None:
     if not paths.annotations.is_file():
-        raise DataError(f"{paths.annotations}: no such file ({annotations_name}); give the path of a COCO-format json")
+        raise DataError(
+            f"{paths.annotations}: no such file ({annotations_name}); give the path of a json of annotations"
+        )
     if not paths.images.is_dir():
         raise DataError(
             f"{paths.images}: no such folder ({images_name}); it has to hold the images of {paths.annotations}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffinst.config import DataConfig
 from diffinst.data import catalog
 from diffinst.data.catalog import Split
 from diffinst.data.transforms import (
+    Recipe,
     plan_test,
     plan_training,
     shortest_edge_size,
@@ -350,9 +352,12 @@ def compress_segmentation(segmentation: list[list[float]] | dict[str, Any], heig
     return segmentation
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, *, reduce_depth: bool = False) -> np.ndarray:
     """Decode an image file, turned as its EXIF orientation says.
 
+    Args:
+        reduce_depth: read greyscale of 16 bits, by its upper 8, as Pillow reads colours of 16 bits, instead of refusing
+            it: only who looks at a picture can say whether its values use that range.
     Returns:
         (h, w, 3) uint8 RGB.
 
@@ -361,6 +366,9 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
+            if reduce_depth and file.mode.startswith("I;16"):
+                grey = (np.asarray(ImageOps.exif_transpose(file)) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
             if file.mode not in _EIGHT_BIT_MODES:
                 raise DataError(f"{path}: pixels of mode {file.mode} are not supported; save it with 8 bits a channel")
             return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
@@ -400,7 +408,7 @@ class CocoDataset:
         self.images_dir = Path(images_dir)
         self.split = split
         self._data = data
-        read = read_annotations(self.annotations_path, skip_invalid=data.skip_invalid)
+        read = self._read()
         self.num_skipped = len(read.skipped)
         self._infos = self._select(read, image_ids)
         self._instances = [
@@ -420,6 +428,9 @@ class CocoDataset:
         self._keeps_images = sum(3 * info.height * info.width for info in self._infos) <= CACHE_BYTES
         self._images: dict[int, np.ndarray] = {}
         self._rles: dict[int, list[dict[str, Any]]] = {}
+
+    def _read(self) -> CocoAnnotations:
+        return read_annotations(self.annotations_path, skip_invalid=self._data.skip_invalid)
 
     def _select(self, read: CocoAnnotations, image_ids: Iterable[int] | None) -> list[ImageInfo]:
         if image_ids is None:
@@ -445,6 +456,16 @@ class CocoDataset:
         """Instances that are not crowds."""
         return sum(map(len, self._instances))
 
+    def image_labels(self) -> list[set[int]]:
+        """The classes of each image."""
+        return [{self._label_of[item.category_id] for item in instances} for instances in self._instances]
+
+    @property
+    def class_image_counts(self) -> list[int]:
+        """On how many images of the split each class is."""
+        counts = Counter(label for labels in self.image_labels() for label in labels)
+        return [counts[label] for label in range(self.num_classes)]
+
     def check_images_exist(self) -> None:
         """Look up every file of the split without opening it.
 
@@ -453,6 +474,10 @@ class CocoDataset:
         """
         try:
             present = {path.name for path in self.images_dir.iterdir()}
+            # Names may have a folder, as those of LVIS do; to list it once is faster than to look up each file.
+            for folder in {info.file_name.rpartition("/")[0] for info in self._infos} - {""}:
+                if (self.images_dir / folder).is_dir():
+                    present |= {f"{folder}/{path.name}" for path in (self.images_dir / folder).iterdir()}
         except OSError as error:
             raise DataError(
                 f"{self.images_dir}: cannot list the image folder of {self.annotations_path}: {error.strerror}; check "
@@ -530,6 +555,16 @@ class CocoDataset:
         recipe = plan_test(self._size(index), self._data)
         return Sample(transform_image(self.load_image(index), recipe), self.image_ids[index], self._size(index))
 
+    def original_sample(self, index: int) -> Sample:
+        """As it is in its file, without ground truth."""
+        size = self._size(index)
+        image = transform_image(self.load_image(index), Recipe(original=size, final=size))
+        return Sample(image, self.image_ids[index], size)
+
+    def file_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every image as it is in its file."""
+        return [self._size(index) for index in range(len(self))]
+
     def _size(self, index: int) -> tuple[int, int]:
         return self._infos[index].height, self._infos[index].width
 
@@ -544,4 +579,9 @@ class CocoDataset:
 def open_dataset(data: DataConfig, split: Split, root: str | Path | None = None) -> CocoDataset:
     """Find a split by the name in its configuration and read it; see `catalog.resolve`."""
     paths = catalog.resolve(data, split, root)
+    if catalog.annotation_format(data) == "lvis":
+        # Imported here: that module builds on this one.
+        from diffinst.data.lvis import LvisDataset
+
+        return LvisDataset(paths.annotations, paths.images, data=data, split=split, image_ids=paths.image_ids)
     return CocoDataset(paths.annotations, paths.images, data=data, split=split, image_ids=paths.image_ids)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffinst.data.samplers import Draw, TrainingBatches, augmentation_generator, batches_of_equal_size
@@ -33,6 +34,10 @@ class EvaluationSource(Protocol):
 
     def test_sample(self, index: int) -> Sample:
         """One resized image."""
+        ...
+
+    def original_sample(self, index: int) -> Sample:
+        """One image as it is in its file."""
         ...
 
     def test_sizes(self) -> list[tuple[int, int]]:
@@ -65,11 +70,13 @@ class _TrainingItems(Dataset["Sample | _Refused"]):
 
 
 class _EvaluationItems(Dataset["Sample | _Refused"]):
-    def __init__(self, source: EvaluationSource) -> None:
+    def __init__(self, source: EvaluationSource, *, resized: bool) -> None:
         self._source = source
+        self._resized = resized
 
     def __getitem__(self, index: int) -> Sample | _Refused:
-        return _or_refused(lambda: self._source.test_sample(index))
+        load = self._source.test_sample if self._resized else self._source.original_sample
+        return _or_refused(lambda: load(index))
 
 
 def _as_list(samples: list[Sample | _Refused]) -> list[Sample | _Refused]:
@@ -109,11 +116,15 @@ def training_batches(
     start_iteration: int = 0,
     end_iteration: int | None = None,
     num_workers: int = 0,
+    factors: Tensor | None = None,
 ) -> Iterator[list[Sample]]:
     """The batches of iterations `start_iteration`, ... (counted from 0), for ever or until before `end_iteration`.
 
-    Batch i is a function of (source, batch_size, seed, i): a training that starts again at i sees what it would have
-    seen.
+    Batch i is a function of (source, batch_size, seed, factors, i): a training that starts again at i sees what it
+    would have seen.
+
+    Args:
+        factors: how often an epoch has each image, see `samplers.repeat_factors`; None: once.
     """
     batches = TrainingBatches(
         num_images=len(source),
@@ -121,6 +132,7 @@ def training_batches(
         seed=seed,
         start_iteration=start_iteration,
         end_iteration=end_iteration,
+        factors=factors,
     )
     return _iterate(_TrainingItems(source, seed), batches, num_workers)
 
@@ -132,16 +144,19 @@ def evaluation_batches(
     size_divisor: int = 32,
     num_workers: int = 0,
     skip_ids: Collection[int] = (),
+    resized: bool = True,
 ) -> Iterator[list[Sample]]:
     """Every image once, in batches whose members all pad to the same size, so that none is padded beyond its own.
 
     Args:
         size_divisor: the network's; heights and widths are padded to multiples of it.
         skip_ids: images that need no prediction any more.
+        resized: to the test size; False gives images as they are in their files, which need batches of one.
     """
     indices = [index for index, image_id in enumerate(source.image_ids) if image_id not in skip_ids]
     sizes = source.test_sizes()
     grouped = batches_of_equal_size(
         [sizes[index] for index in indices], batch_size=batch_size, size_divisor=size_divisor
     )
-    return _iterate(_EvaluationItems(source), [[indices[member] for member in batch] for batch in grouped], num_workers)
+    items = _EvaluationItems(source, resized=resized)
+    return _iterate(items, [[indices[member] for member in batch] for batch in grouped], num_workers)

@@ -7,6 +7,7 @@ masks then go through it as one composed index, so that they are read once howev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffinst.config import DataConfig
+from diffinst.config import DataConfig, SamplerConfig
 from diffinst.structures import Target
 
 Size = tuple[int, int]  # (height, width)
@@ -56,6 +57,36 @@ class Recipe:
 def plan_test(size: Size, data: DataConfig) -> Recipe:
     """Resize only."""
     return Recipe(original=size, final=shortest_edge_size(size, data.shortest_edge_test, data.longest_edge_test))
+
+
+@dataclass(frozen=True)
+class View:
+    """One augmented copy of a test image: resized, then perhaps mirrored, left to right.
+
+    number: its place in the order of `plan_views`. size: (height, width). box_sizes: detections count whose box, as
+    the root of its area in pixels of this size, lies between the two; None where all count.
+    """
+
+    number: int
+    size: Size
+    mirrored: bool
+    box_sizes: tuple[float, float] | None
+
+
+def plan_views(size: Size, settings: SamplerConfig) -> list[View]:
+    """The views of an image of `size`, in the released order: each size as it is, then mirrored.
+
+    Two shortest edges may give one size where `tta_longest_edge` limits both; both are kept, with their own box sizes.
+    """
+    smallest = settings.tta_min_box_sizes or (-math.inf,) * len(settings.tta_shortest_edges)
+    largest = settings.tta_max_box_sizes or (math.inf,) * len(settings.tta_shortest_edges)
+    views: list[View] = []
+    for shortest, low, high in zip(settings.tta_shortest_edges, smallest, largest):
+        resized = shortest_edge_size(size, shortest, settings.tta_longest_edge)
+        limits = None if (low, high) == (-math.inf, math.inf) else (low, high)
+        for mirrored in (False, True) if settings.tta_flip else (False,):
+            views.append(View(len(views), resized, mirrored, limits))
+    return views
 
 
 def plan_training(size: Size, data: DataConfig, generator: torch.Generator) -> Recipe:
@@ -103,6 +134,12 @@ def transform_image(image: np.ndarray, recipe: Recipe) -> Tensor:
         image = image[top : top + height, left : left + width]
     image = _resize_image(np.ascontiguousarray(image), recipe.final)
     return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
+
+
+def view_image(image: np.ndarray, view: View) -> Tensor:
+    """(h, w, 3) uint8 -> (3, H, W) uint8 as the view has it; the mirrored one has the pixels of the other exactly."""
+    resized = transform_image(image, Recipe(original=(image.shape[0], image.shape[1]), final=view.size))
+    return resized.flip(2) if view.mirrored else resized
 
 
 def nearest_index(source: int, target: int) -> Tensor:

@@ -6,22 +6,31 @@ import torch
 from torch import Tensor, nn
 
 
-def cosine_alphas_cumprod(num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
-    """Cumulative products of the cosine schedule (arXiv:2102.09672, eq. 17).
+def cosine_betas(num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """Share of noise added at each timestep of the cosine schedule (arXiv:2102.09672, eq. 17).
 
     Args:
         num_timesteps: T, at least 1.
         offset: s of the paper; keeps the first betas away from 0.
         max_beta: upper bound of every beta; avoids a singularity at the last timestep.
     Returns:
-        (T,) float64, falling, within (0, 1).
+        (T,) float64, within (0, max_beta].
     """
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    time = torch.linspace(0, num_timesteps, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    # On the CPU even where a model is built without memory, on torch's device "meta".
+    time = torch.linspace(0, num_timesteps, num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
     alphas_cumprod = torch.cos((time + offset) / (1 + offset) * torch.pi / 2) ** 2
-    betas = (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, max_beta)
-    return torch.cumprod(1 - betas, dim=0)
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, max_beta)
+
+
+def cosine_alphas_cumprod(num_timesteps: int, *, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """Share of the signal's variance left at each timestep, cumulative products of `1 - cosine_betas`.
+
+    Returns:
+        (T,) float64, falling, within (0, 1).
+    """
+    return torch.cumprod(1 - cosine_betas(num_timesteps, offset=offset, max_beta=max_beta), dim=0)
 
 
 class NoiseSchedule(nn.Module):

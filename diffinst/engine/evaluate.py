@@ -11,8 +11,10 @@ import torch
 from diffinst.config import SamplerConfig
 from diffinst.data.loader import EvaluationSource, evaluation_batches
 from diffinst.engine.inference import detect
+from diffinst.engine.tta import detect_augmented
 from diffinst.evaluation.predictions import PredictionWriter, to_record
 from diffinst.model import DiffusionInst
+from diffinst.structures import Detections, Sample
 
 
 class EvaluationData(EvaluationSource, Protocol):
@@ -44,9 +46,9 @@ def predict_split(
     Args:
         model: moved to the device and into evaluation mode.
         dataset: the split.
-        settings: sampling and post-processing.
+        settings: sampling, post-processing and test-time augmentation, for which images are not resized beforehand.
         folder: made if missing; see `diffinst.evaluation.predictions`.
-        batch_size: images a batch; only images that pad to the same size share one.
+        batch_size: images a batch; only images that pad to the same size share one. With test-time augmentation, 1.
         num_workers: processes that load images; 0 loads them in this one.
         shard_size: images a shard, rounded up to whole batches; about the most that a kill can cost.
         progress: called after each batch with the number of images that are done, and of all images.
@@ -57,6 +59,39 @@ def predict_split(
         DataError: an image cannot be read, or the folder cannot be written or holds a damaged shard.
     """
     model.to(device).eval()
+    return write_predictions(
+        lambda samples: _detect(model, samples, settings),
+        dataset,
+        folder,
+        batch_size=1 if settings.tta else batch_size,
+        size_divisor=model.backbone.size_divisor,
+        resized=not settings.tta,
+        num_workers=num_workers,
+        shard_size=shard_size,
+        progress=progress,
+        stop=stop,
+    )
+
+
+def write_predictions(
+    detect_samples: Callable[[Sequence[Sample]], list[Detections]],
+    dataset: EvaluationData,
+    folder: Path,
+    *,
+    batch_size: int = 1,
+    size_divisor: int = 32,
+    resized: bool = True,
+    num_workers: int = 0,
+    shard_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> int:
+    """`predict_split` for any detector.
+
+    Args:
+        detect_samples: images -> their detections, in pixels of the files.
+        size_divisor, resized: see `diffinst.data.loader.evaluation_batches`. The others: see `predict_split`.
+    """
     known = set(dataset.image_ids)
     # Shards end where batches end, so the batches after a kill are those that would have come without it: the last bits
     # of a network's output depend on the batch that an image is in.
@@ -66,14 +101,14 @@ def predict_split(
         batches = evaluation_batches(
             dataset,
             batch_size=batch_size,
-            size_divisor=model.backbone.size_divisor,
+            size_divisor=size_divisor,
             num_workers=num_workers,
             skip_ids=frozenset(writer.done_ids),
+            resized=resized,
         )
         for samples in batches:
-            batch = model.make_batch(samples)
-            found = zip(batch.image_ids, detect(model, batch, settings))
-            for record in [to_record(image_id, item, dataset.category_ids) for image_id, item in found]:
+            found = zip(samples, detect_samples(samples))
+            for record in [to_record(sample.image_id, item, dataset.category_ids) for sample, item in found]:
                 writer.add(record)
             done += len(samples)
             pending += len(samples)
@@ -85,3 +120,9 @@ def predict_split(
             if stop is not None and stop():
                 break
     return done
+
+
+def _detect(model: DiffusionInst, samples: Sequence[Sample], settings: SamplerConfig) -> list[Detections]:
+    if settings.tta:
+        return [detect_augmented(model, sample, settings) for sample in samples]
+    return detect(model, model.make_batch(samples), settings)

@@ -13,13 +13,16 @@ from diffinst.diffusion.noise import noise_for
 from diffinst.diffusion.sampler import sample
 from diffinst.model import DiffusionInst
 from diffinst.postprocess import finish, select_candidates
-from diffinst.structures import Detections, ImageBatch
+from diffinst.structures import Candidates, Detections, Features, ImageBatch
 
 # The parts of `detect`, in order; what comes before them, making the batch, is `DiffusionInst.make_batch`.
 SCOPES = ("backbone", "head", "masks")
 
+Timer = Callable[[str], AbstractContextManager[object]]
 
-def _untimed(scope: str) -> AbstractContextManager[None]:  # noqa: ARG001 - a timer is told the scope
+
+def untimed(scope: str) -> AbstractContextManager[None]:  # noqa: ARG001 - a timer is told the scope
+    """The timer that measures nothing."""
     return nullcontext()
 
 
@@ -29,7 +32,7 @@ def detect(
     batch: ImageBatch,
     settings: SamplerConfig,
     *,
-    timer: Callable[[str], AbstractContextManager[object]] = _untimed,
+    timer: Timer = untimed,
 ) -> list[Detections]:
     """Detections of a batch of images; an image's are the same in any batch.
 
@@ -46,21 +49,7 @@ def detect(
         ValueError: detections would depend on the batch: the model is in training mode, where batch statistics count,
             or an image is padded beyond its own size.
     """
-    if model.training:
-        raise ValueError("detect needs a model in evaluation mode: call model.eval() first")
-    _check_padding(batch, model.backbone.size_divisor)
-    with timer("backbone"):
-        features = model.encode(batch.images)
-    with timer("head"):
-        steps = sample(
-            lambda boxes_xyxy, t: model.denoise(features, boxes_xyxy, t),
-            whwh=batch.whwh,
-            schedule=model.schedule,
-            settings=settings,
-            snr_scale=model.snr_scale,
-            noise=batch_noise(batch.image_ids, settings, batch.images.device),
-        )
-        candidates = select_candidates(steps, settings)
+    features, candidates = find_candidates(model, batch, settings, timer=timer)
     with timer("masks"):
         return [
             finish(
@@ -73,6 +62,37 @@ def detect(
             )
             for image in range(len(batch))
         ]
+
+
+@torch.inference_mode()
+def find_candidates(
+    model: DiffusionInst, batch: ImageBatch, settings: SamplerConfig, *, view: int = 0, timer: Timer = untimed
+) -> tuple[Features, list[Candidates]]:
+    """The first two scopes of `detect`: everything but what only kept detections need.
+
+    Args:
+        view: which augmented copy of its images the batch holds; each has noise of its own, and 0 that of `detect`.
+        model, batch, settings, timer: as for `detect`.
+    Returns:
+        Features of the batch, and one entry per image.
+    Raises:
+        ValueError: as for `detect`.
+    """
+    if model.training:
+        raise ValueError("detection needs a model in evaluation mode: call model.eval() first")
+    _check_padding(batch, model.backbone.size_divisor)
+    with timer("backbone"):
+        features = model.encode(batch.images)
+    with timer("head"):
+        steps = sample(
+            lambda boxes_xyxy, t: model.denoise(features, boxes_xyxy, t),
+            whwh=batch.whwh,
+            schedule=model.schedule,
+            settings=settings,
+            snr_scale=model.snr_scale,
+            noise=batch_noise(batch.image_ids, settings, batch.images.device, view=view),
+        )
+        return features, select_candidates(steps, settings)
 
 
 def _check_padding(batch: ImageBatch, divisor: int) -> None:
@@ -88,13 +108,14 @@ def _check_padding(batch: ImageBatch, divisor: int) -> None:
 
 
 def batch_noise(
-    image_ids: list[int], settings: SamplerConfig, device: torch.device | str
+    image_ids: list[int], settings: SamplerConfig, device: torch.device | str, *, view: int = 0
 ) -> Callable[[int, str], Tensor]:
     """The sampler's noise source for these images: (step, purpose) -> (B, N, 4) float32 on the device."""
     shape = (settings.num_proposals, 4)
 
     def noise(step: int, purpose: str) -> Tensor:
-        draws = [noise_for(settings.eval_seed, image_id, step, purpose, shape) for image_id in image_ids]
+        key = f"{purpose} of view {view}" if view else purpose
+        draws = [noise_for(settings.eval_seed, image_id, step, key, shape) for image_id in image_ids]
         return torch.stack(draws).to(device, non_blocking=True)
 
     return noise

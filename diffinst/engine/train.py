@@ -1,7 +1,7 @@
 """Training that can be killed at any moment: the same command goes on to the same losses, bit by bit on a CPU.
 
-Nothing is carried from one iteration to the next but the weights and the optimiser's state: the batch, its
-augmentation, the timesteps and the noise are functions of (seed, iteration).
+Nothing is carried from one iteration to the next but the weights, their moving average and the optimiser's state: the
+batch, its augmentation, the timesteps and the noise are functions of (seed, iteration).
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffinst.checkpoint import Checkpoint, load_checkpoint, load_model_weights, replacing, save_checkpoint
 from diffinst.config import Config, TrainConfig
 from diffinst.data.loader import TrainingSource, training_batches
+from diffinst.data.samplers import repeat_factors
 from diffinst.diffusion.noise import generator_for, noise_for
 from diffinst.diffusion.schedule import NoiseSchedule
 from diffinst.diffusion.signal import boxes_to_signal, pad_ground_truth, signal_to_boxes, to_normalised, to_pixels
+from diffinst.engine.ema import WeightAverage
 from diffinst.engine.optim import (
     build_optimizer,
     clip_gradients,
@@ -33,6 +35,7 @@ from diffinst.engine.optim import (
     set_learning_rate,
 )
 from diffinst.errors import CheckpointError, TrainingError
+from diffinst.federated import FederatedDraws, draw_federated, sampling_weights
 from diffinst.losses import compute_losses, prepare_targets
 from diffinst.model import DiffusionInst
 from diffinst.structures import Sample, Target
@@ -63,6 +66,15 @@ class TrainingData(TrainingSource, Protocol):
         """K names, stored in the checkpoints."""
         ...
 
+    @property
+    def class_image_counts(self) -> Sequence[int]:
+        """On how many images each class is; for the federated loss only."""
+        ...
+
+    def image_labels(self) -> Sequence[Collection[int]]:
+        """The classes of each image; for repeat factors only."""
+        ...
+
 
 @dataclass(frozen=True)
 class TrainProgress:
@@ -83,12 +95,18 @@ class TrainProgress:
         return math.fsum(self.losses.values())
 
 
+# (samples, iteration) -> named scalar losses of the batch. What it draws from torch's global generators is seeded with
+# the iteration; anything else it draws has to be a function of the iteration, too.
+LossFunction = Callable[[list[Sample], int], dict[str, Tensor]]
+
+
 def train(
-    model: DiffusionInst,
+    model: nn.Module,
     dataset: TrainingData,
     config: Config,
     out_dir: Path,
     *,
+    losses: LossFunction | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[TrainProgress], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -104,6 +122,7 @@ def train(
         dataset: training images.
         config: of the whole run; the sections train, model and data are used.
         out_dir: made if missing; holds nothing, or what an earlier call with the same configuration left.
+        losses: what the model is trained for; by default the losses of a DiffusionInst, with the settings of `config`.
         progress: called every `log_every` iterations and after the last one.
         stop: asked after every iteration; True saves a checkpoint and returns.
     Returns:
@@ -113,7 +132,8 @@ def train(
         TrainingError: a loss or the gradient is not finite.
     """
     settings = config.train
-    config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": model.num_classes})})
+    model_config = config.model.model_copy(update={"num_classes": len(dataset.class_names)})
+    config = config.model_copy(update={"model": model_config})
     final_path, resume_path = out_dir / FINAL_NAME, out_dir / RESUME_NAME
     if final_path.is_file():
         _check_same_training(load_checkpoint(final_path), config)
@@ -123,14 +143,21 @@ def train(
     device = torch.device(device)
     model.to(device).train()
     optimizer = build_optimizer(model, settings)
+    average = None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay)
     start = 0
     if resume_path.is_file():
         checkpoint = load_checkpoint(resume_path)
         _check_same_training(checkpoint, config)
+        if settings.ema_decay is not None:
+            load_model_weights(model, checkpoint, use_ema=True)
+            average = WeightAverage(model, settings.ema_decay)
         load_model_weights(model, checkpoint)
         load_optimizer_tensors(optimizer, model, checkpoint.optimizer)
         start = checkpoint.iteration
     losses_file = _open_losses(out_dir, start)
+    threshold = settings.repeat_threshold
+    factors = None if threshold is None else repeat_factors(dataset.image_labels(), threshold)
+    loss_function = losses or diffusion_losses(model, dataset, config)
 
     def save(path: Path, iteration: int, *, with_optimizer: bool) -> None:
         # A checkpoint on the disk has its losses there too, even after a power cut.
@@ -142,9 +169,9 @@ def train(
             iteration=iteration,
             class_names=tuple(dataset.class_names),
             optimizer=optimizer_tensors(optimizer, model) if with_optimizer else None,
+            ema=None if average is None else average.tensors,
         )
 
-    schedule = NoiseSchedule(config.model.num_train_timesteps)
     clock = _Clock(start, settings.iterations)
     last_saved = start
     devices = [device] if device.type == "cuda" else []
@@ -155,17 +182,20 @@ def train(
         start_iteration=start,
         end_iteration=settings.iterations,
         num_workers=settings.num_workers,
+        factors=factors,
     )
     with torch.random.fork_rng(devices), losses_file:
         for iteration, samples in enumerate(batches, start):
-            losses, norm = _backward(model, samples, settings, schedule, config.model.snr_scale, iteration)
-            values = dict(zip([*losses, "gradient norm"], torch.stack([*losses.values(), norm]).tolist()))
+            terms, norm = _backward(model, loss_function, samples, settings, iteration)
+            values = dict(zip([*terms, "gradient norm"], torch.stack([*terms.values(), norm]).tolist()))
             if not all(math.isfinite(value) for value in values.values()):
                 raise _not_finite(values, iteration, samples, resume_path if last_saved else None, last_saved)
             del values["gradient norm"]
             rate = lr_at(iteration, settings)
             set_learning_rate(optimizer, rate)
             optimizer.step()
+            if average is not None:
+                average.update(model)
 
             finished = iteration + 1
             is_last = finished == settings.iterations
@@ -233,13 +263,14 @@ def training_losses(
     boxes_xyxy: Tensor,
     t: Tensor,
     settings: TrainConfig,
+    federated: FederatedDraws | None = None,
 ) -> dict[str, Tensor]:
     """Forward pass and losses of one batch.
 
     Args:
         images: (B, 3, H, W) normalised, padded, on the model's device.
         targets: of the B images, on the CPU.
-        whwh: (B, 4), boxes_xyxy: (B, N, 4) noisy boxes, t: (B,) timesteps, on any device.
+        whwh: (B, 4), boxes_xyxy: (B, N, 4) noisy boxes, t: (B,) timesteps, federated: on any device.
     Returns:
         Weighted float32 losses, see `diffinst.losses.compute_losses`.
     """
@@ -261,6 +292,8 @@ def training_losses(
         model.mask_logits,
         matcher=settings.matcher,
         empty_batch_loss=settings.empty_batch_loss,
+        class_loss=settings.class_loss,
+        federated=None if federated is None else federated.to(device),
         ota_k=settings.ota_k,
         class_weight=settings.class_weight,
         l1_weight=settings.l1_weight,
@@ -271,29 +304,55 @@ def training_losses(
     )
 
 
+def diffusion_losses(model: nn.Module, dataset: TrainingData, config: Config) -> LossFunction:
+    """The losses of a DiffusionInst on noisy boxes, as a function of a batch and its iteration.
+
+    Raises:
+        TypeError: the model is another one.
+    """
+    if not isinstance(model, DiffusionInst):
+        raise TypeError(f"a {type(model).__name__} is trained with losses of its own: give them")
+    settings, detector = config.train, model
+    schedule = NoiseSchedule(config.model.num_train_timesteps)
+    # (K,) of the classes when they are sampled; None for a loss over all.
+    class_weights = None
+    if settings.federated_loss:
+        class_weights = sampling_weights(dataset.class_image_counts, settings.federated_power)
+
+    def losses(samples: list[Sample], iteration: int) -> dict[str, Tensor]:
+        batch = detector.make_batch(samples)
+        targets = [target_of(sample) for sample in samples]
+        whwh = torch.tensor([(w, h, w, h) for h, w in batch.image_sizes], dtype=torch.float32)
+        boxes_xyxy, t = draw_noisy_boxes(targets, whwh, settings, schedule, config.model.snr_scale, iteration)
+        federated = None
+        if class_weights is not None:
+            federated = draw_federated(
+                class_weights,
+                settings.federated_classes,
+                seed=settings.seed,
+                iteration=iteration,
+                num_stages=len(detector.box_head.stages),
+            )
+        return training_losses(detector, batch.images, targets, whwh, boxes_xyxy, t, settings, federated)
+
+    return losses
+
+
 def _backward(
-    model: DiffusionInst,
-    samples: list[Sample],
-    settings: TrainConfig,
-    schedule: NoiseSchedule,
-    snr_scale: float,
-    iteration: int,
+    model: nn.Module, loss_function: LossFunction, samples: list[Sample], settings: TrainConfig, iteration: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Leave the clipped gradients of a batch in the model; its losses, detached, and the norm before clipping."""
-    batch = model.make_batch(samples)
-    targets = [_target_of(sample) for sample in samples]
-    whwh = torch.tensor([(w, h, w, h) for h, w in batch.image_sizes], dtype=torch.float32)
-    boxes_xyxy, t = draw_noisy_boxes(targets, whwh, settings, schedule, snr_scale, iteration)
-    # Only dropout draws from the global generators.
+    # Of ours, only dropout and stochastic depth draw from the global generators.
     torch.manual_seed(generator_for(settings.seed, iteration, "training dropout").initial_seed())
-    losses = training_losses(model, batch.images, targets, whwh, boxes_xyxy, t, settings)
+    losses = loss_function(samples, iteration)
     model.zero_grad(set_to_none=True)
     torch.stack(list(losses.values())).sum().backward()
     norm = clip_gradients(model.parameters(), settings.clip_gradient_norm)
     return {name: loss.detach() for name, loss in losses.items()}, norm
 
 
-def _target_of(sample: Sample) -> Target:
+def target_of(sample: Sample) -> Target:
+    """The ground truth of a training sample."""
     if sample.target is None:
         raise ValueError(f"image {sample.image_id}: a training sample needs a target")
     return sample.target

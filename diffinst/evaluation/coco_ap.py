@@ -97,18 +97,18 @@ def score_coco(
         truth = read_annotations(annotations, skip_invalid=skip_invalid)
     ids = sorted(truth.images) if image_ids is None else sorted(set(image_ids))
     records = list(predictions)
-    _check_images(truth, ids, records)
-    content = _ground_truth(truth, ids, class_agnostic=class_agnostic)
+    check_images(truth, ids, records)
+    content = ground_truth(truth, ids, class_agnostic=class_agnostic)
     results = to_coco_results(records)
     if class_agnostic:
         results = [{**result, "category_id": 1} for result in results]
-    _check_categories(truth, content, results)
+    check_categories(truth, content, results)
 
     metrics: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     per_class: dict[str, dict[str, float | None]] = {}
     for iou_type in iou_types:
-        missing = _why_not(iou_type, truth, records)
+        missing = why_not_scored(iou_type, truth, records)
         if missing:
             metrics |= {f"{iou_type}/{name}": None for name in _METRICS}
             reasons |= {f"{iou_type}/{name}": missing for name in _METRICS}
@@ -116,19 +116,21 @@ def score_coco(
             continue
         tables = _evaluate(content, results, ids, iou_type)
         for name, (kind, threshold, size, limit) in _METRICS.items():
-            value = _mean(_select(tables[kind], threshold, size, limit))
+            value = mean_defined(_select(tables[kind], threshold, size, limit))
             metrics[f"{iou_type}/{name}"] = value
             if value is None:
                 reasons[f"{iou_type}/{name}"] = "no ground truth" + ("" if size == "all" else f" of size '{size}'")
         precision = _select(tables["precision"], None, "all", 100)
         per_class[iou_type] = {
-            name: _mean(precision[:, :, position]) for position, name in enumerate(_unique_names(content["categories"]))
+            name: mean_defined(precision[:, :, position])
+            for position, name in enumerate(unique_names(content["categories"]))
         }
     num_instances = sum(not annotation["iscrowd"] for annotation in content["annotations"])
     return CocoScores(metrics, reasons, per_class, len(ids), num_instances)
 
 
-def _check_images(truth: CocoAnnotations, ids: list[int], records: list[Record]) -> None:
+def check_images(truth: CocoAnnotations, ids: list[int], records: list[Record]) -> None:
+    """Refuse ids that are not in the file, and records that are not one for each id."""
     unknown = [image_id for image_id in ids if image_id not in truth.images]
     if unknown:
         raise DataError(
@@ -153,7 +155,8 @@ def _check_images(truth: CocoAnnotations, ids: list[int], records: list[Record])
         raise DataError(f"image {twice[0]} has {found[twice[0]]} prediction records; give one an image")
 
 
-def _ground_truth(truth: CocoAnnotations, ids: list[int], *, class_agnostic: bool) -> dict[str, Any]:
+def ground_truth(truth: CocoAnnotations, ids: list[int], *, class_agnostic: bool = False) -> dict[str, Any]:
+    """The content of a COCO file with these images only; annotation ids count from 1."""
     annotations: list[dict[str, Any]] = []
     for image_id in ids:
         for item in truth.instances.get(image_id, ()):
@@ -181,7 +184,8 @@ def _ground_truth(truth: CocoAnnotations, ids: list[int], *, class_agnostic: boo
     }
 
 
-def _check_categories(truth: CocoAnnotations, content: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def check_categories(truth: CocoAnnotations, content: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Refuse results of categories that the content does not list."""
     allowed = {category["id"] for category in content["categories"]}
     for result in results:
         if result["category_id"] not in allowed:
@@ -191,7 +195,8 @@ def _check_categories(truth: CocoAnnotations, content: dict[str, Any], results: 
             )
 
 
-def _why_not(iou_type: IouType, truth: CocoAnnotations, records: list[Record]) -> str | None:
+def why_not_scored(iou_type: IouType, truth: CocoAnnotations, records: list[Record]) -> str | None:
+    """What is missing for scores of this kind, if anything is."""
     if iou_type == "segm" and any(record["segmentation"] is None for record in records):
         return "the predictions have no masks"
     if iou_type == "segm" and not truth.has_masks:
@@ -223,13 +228,14 @@ def _select(table: np.ndarray, threshold: float | None, size: str, limit: int) -
     return part if threshold is None else part[np.isclose(_IOU_THRESHOLDS, threshold)]
 
 
-def _mean(values: np.ndarray) -> float | None:
+def mean_defined(values: np.ndarray) -> float | None:
     """Mean over the defined entries; the tables hold -1 where there is no ground truth."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else None
 
 
-def _unique_names(categories: list[dict[str, Any]]) -> list[str]:
+def unique_names(categories: list[dict[str, Any]]) -> list[str]:
+    """Names in the order of the categories, with the id where a name is there twice."""
     counts = Counter(category["name"] for category in categories)
     return [
         category["name"] if counts[category["name"]] == 1 else f"{category['name']} ({category['id']})"

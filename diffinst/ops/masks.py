@@ -60,6 +60,7 @@ def paste_masks(
     output_size: tuple[int, int],
     threshold: float,
     clip: str,
+    mirrored: bool = False,
 ) -> Tensor:
     """Bring masks to the size of the original image, binary and cut to their boxes.
 
@@ -76,6 +77,7 @@ def paste_masks(
         threshold: pixels above it belong to the mask.
         clip: "truncated" cuts both box corners to whole pixels, so that right and bottom lose part of a pixel;
             "covering" keeps every pixel that the box touches.
+        mirrored: the network saw the image mirrored, left to right; boxes and results are those of the image.
     Returns:
         (D, *output_size) bool, laid out column by column: what run-length encoding reads fastest.
     """
@@ -85,6 +87,8 @@ def paste_masks(
     device = mask_probabilities.device
     rows = _resize_matrix(mask_probabilities.shape[1], stride, image_size[0], height).to(device)
     columns = _resize_matrix(mask_probabilities.shape[2], stride, image_size[1], width).to(device)
+    if mirrored:
+        columns = columns.flip(0)
     starts = boxes_xyxy[:, :2].floor()
     ends = boxes_xyxy[:, 2:].floor() if clip == "truncated" else boxes_xyxy[:, 2:].ceil()
     windows = torch.cat([starts, ends], dim=1)
@@ -132,9 +136,9 @@ def _source_spans(matrix: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _source(spans: tuple[list[int], list[int]], start: int, end: int) -> slice:
-    """Input pixels that the output pixels start..end-1 are made from; both rise along an axis."""
+    """Input pixels that the output pixels start..end-1 are made from; both rise along an axis, or both fall."""
     first, last = spans
-    return slice(first[start], last[end - 1] + 1)
+    return slice(min(first[start], first[end - 1]), max(last[start], last[end - 1]) + 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,9 +23,16 @@ SMALL: dict = {
 }
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_backbone_builds(backbone: str) -> None:
-    model = build_model(ModelConfig(backbone=backbone, **SMALL))
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_builds(name: str) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(ModelConfig(backbone=name))
+    assert [stride for _, stride in backbone.out_shapes.values()] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_t", "efficientnet_lite0", "tiny"])
+def test_every_kind_of_backbone_gets_its_pyramid(name: str) -> None:
+    model = build_model(ModelConfig(backbone=name, **SMALL))
     assert list(model.fpn.out_shapes.values()) == [(16, 4), (16, 8), (16, 16), (16, 32)]
 
 

@@ -50,6 +50,26 @@ def test_goes_around(saved: Path) -> None:
     assert checkpoint.optimizer["0.weight/step"].shape == ()
 
 
+def test_the_average_goes_around_beside_the_weights(saved: Path, tmp_path: Path) -> None:
+    assert load_checkpoint(saved).ema == {}
+    assert not [name for name in load_file(saved) if name.startswith("ema/")]
+    path = tmp_path / "averaged.safetensors"
+    weights, average = (small_model().state_dict() for _ in range(2))
+    average["0.bias"] = torch.full((4,), 7.0)
+    save_checkpoint(path, model=weights, ema=average, config=CONFIG, iteration=1)
+    for use_ema, expected in ((False, weights), (True, average)):
+        model = small_model()
+        load_model_weights(model, load_checkpoint(path), use_ema=use_ema)
+        assert torch.equal(model[0].bias, expected["0.bias"])
+
+
+def test_an_average_that_is_not_there_is_one_line(saved: Path) -> None:
+    model = small_model()
+    with pytest.raises(CheckpointError, match="holds no moving average of the weights. Set sampler.use_ema to false"):
+        load_model_weights(model, load_checkpoint(saved), use_ema=True)
+    assert torch.equal(model[0].weight, small_model()[0].weight)
+
+
 def test_loads_into_a_model(saved: Path) -> None:
     model = small_model()
     nn.init.zeros_(model[0].weight)

@@ -71,6 +71,16 @@ def test_train_evaluate_predict(config_file: Path, capsys: pytest.CaptureFixture
     assert "drew 2 photographs" in capsys.readouterr().out
 
 
+def test_averaged_weights_are_evaluated_when_asked_for(config_file: Path) -> None:
+    settings = ["--set", "iterations=2", "--set", "ema_decay=0.5", "--set", "learning_rate=0.01"]
+    assert main(["train", "config.yaml", "--out", "run", "--device", "cpu", *settings]) == 0
+    evaluate = ["evaluate", "run/model.safetensors", "--out", "scores", "--device", "cpu", "--set"]
+    for use_ema in ("true", "false"):
+        assert main([*evaluate, f"use_ema={use_ema}"]) == 0
+    folders = (config_file.parent / "scores").glob("predictions-*")
+    assert len({"".join(path.read_text() for path in folder.glob("*.jsonl")) for folder in folders}) == 2
+
+
 def test_a_checkpoint_of_other_classes_is_refused(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     main(["train", "config.yaml", "--out", "run", "--device", "cpu", "--set", "iterations=1"])
     capsys.readouterr()
@@ -102,6 +112,10 @@ def test_a_checkpoint_of_as_many_but_other_classes_is_refused(config_file: Path,
         (
             ["train", "config.yaml", "--out", "x", "--set", "num_train_timesteps=5", "--set", "sampling_steps=6"],
             "--set: sampling_steps (6) must not exceed num_train_timesteps (5)",
+        ),
+        (
+            ["train", "config.yaml", "--out", "x", "--set", "use_ema=true"],
+            "--set: use_ema needs the average that ema_decay",
         ),
         (["evaluate", "gone.safetensors", "--out", "x"], "gone.safetensors: no such checkpoint"),
         (["predict", "gone.safetensors", "gone.jpg", "--out", "x"], "gone.jpg: no such file or folder"),

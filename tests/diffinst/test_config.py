@@ -55,11 +55,18 @@ def test_released_values_are_valid_and_differ_from_the_defaults() -> None:
         (ModelConfig, {"num_classes": 0}),
         (ModelConfig, {"backbone": "resnet18"}),
         (Config, {"model": {"num_train_timesteps": 5}, "sampler": {"sampling_steps": 6}}),
+        (Config, {"sampler": {"use_ema": True}}),
+        (TrainConfig, {"ema_decay": 1.5}),
     ],
 )
 def test_impossible_values_are_refused(section: type, values: dict) -> None:
     with pytest.raises(pydantic.ValidationError):
         section(**values)
+
+
+@pytest.mark.parametrize("values", [{"train": {"ema_decay": 0.999}}, {"model": {"weights": "some.safetensors"}}])
+def test_averaged_weights_come_from_the_training_or_a_file(values: dict) -> None:
+    assert Config(**values, sampler={"use_ema": True}).sampler.use_ema
 
 
 def test_a_config_is_a_value() -> None:

@@ -9,6 +9,7 @@ from helpers import load_fixture
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from diffinst.federated import FederatedDraws
 from diffinst.heads.mask_head import apply_mask_head
 from diffinst.losses import LossTargets, compute_losses, prepare_targets
 from diffinst.matching import match
@@ -74,6 +75,50 @@ def test_losses_and_gradients_of_the_release(fixture: str) -> None:
         expected = torch.from_numpy(arrays[f"focal__grad_{name}"])
         largest = float(expected.abs().max())
         torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-6 * largest)
+
+
+def released_draws(arrays: dict[str, np.ndarray], mode: str) -> FederatedDraws:
+    """Draws in which the classes that the release sampled come first; it samples for the last stage first."""
+    arrival = torch.full((2, 70), torch.inf)
+    for stage, call in enumerate((1, 0)):
+        classes = torch.from_numpy(arrays[f"{mode}__fed_classes_call{call}"])
+        assert (len(classes), int(classes.max())) == (50, 70)  # the background index is one of the 50
+        arrival[stage, classes[classes < 70]] = 1.0
+    return FederatedDraws(arrival, 50)
+
+
+@pytest.mark.parametrize("mode", ["focal", "focal_fed", "bce_fed"])
+def test_federated_losses_and_gradients_of_the_release(mode: str) -> None:
+    output, mask_features, targets, whwh, arrays = load_losses("losses_c70_fed")
+    losses = losses_of(
+        output,
+        mask_features,
+        targets,
+        whwh,
+        matcher="released",
+        empty_batch_loss="released",
+        class_loss="bce" if mode == "bce_fed" else "focal",
+        federated=None if mode == "focal" else released_draws(arrays, mode),
+    )
+    assert len(losses) == 8
+    for name, loss in losses.items():
+        weight = WEIGHTS[name.removesuffix("_0")] if "masks" not in name else 1
+        expected = torch.from_numpy(arrays[f"{mode}__{name}"])
+        torch.testing.assert_close(
+            loss.detach(), weight * expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    total = total_of(losses)
+    torch.testing.assert_close(total.detach(), torch.from_numpy(arrays[f"{mode}__total_weighted"]), rtol=1e-5, atol=0)
+    total.backward()
+    leaves = {
+        "logits": output.class_logits,
+        "boxes": output.boxes_xyxy,
+        "kernels": output.mask_params,
+        "mask_feat": mask_features,
+    }
+    for name, leaf in leaves.items():
+        expected = torch.from_numpy(arrays[f"{mode}__grad_{name}"])
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_matches_of_the_release_by_stage() -> None:

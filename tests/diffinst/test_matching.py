@@ -18,20 +18,20 @@ from diffinst.structures import Target
 # Where the release repairs by its rule and loses nothing, both forms agree with it.
 KEPT_ALL = ["mixed", "compete", "degenerate_pred", "degenerate_gt", "none_in_centre"]
 NOTHING = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-COST_SETTINGS = {"weights": (2.0, 5.0, 2.0), "focal_alpha": 0.25, "focal_gamma": 2.0}
+COST_SETTINGS = {"weights": (2.0, 5.0, 2.0), "focal": (0.25, 2.0)}
 LOST_SOME = ["duplicate_gt", "gt18_sumk_gt_q20", "gt20_q20", "many_gt15_q20"]
 
 
-def load_case(name: str) -> tuple[Tensor, Tensor, list[Target], Tensor, Tensor]:
-    """Logits, boxes, targets, whwh and the released match of a case of the matcher fixture."""
+def load_case(name: str, mode: str = "focal") -> tuple[Tensor, Tensor, list[Target], Tensor, Tensor]:
+    """Logits, boxes, targets, whwh and the released match of a case of the matcher fixture; mode: of the class cost."""
     arrays = {key: torch.from_numpy(value) for key, value in load_fixture("matcher").items() if key.startswith(name)}
     logits, boxes = arrays[f"{name}__pred_logits"], arrays[f"{name}__pred_boxes"]
     images = [f"{name}__img{image}__" for image in range(len(logits))]
     targets = [Target(arrays[f"{image}gt_xyxy"], arrays[f"{image}labels"]) for image in images]
     expected = torch.full(logits.shape[:2], -1)
     for row, image in zip(expected, images):
-        focal = image.replace("__img", "__focal__img")
-        row[arrays[f"{focal}selected"]] = arrays[f"{focal}gt_idx"]
+        matched = image.replace("__img", f"__{mode}__img")
+        row[arrays[f"{matched}selected"]] = arrays[f"{matched}gt_idx"]
     return logits, boxes, targets, torch.stack([arrays[f"{image}size_whwh"] for image in images]), expected
 
 
@@ -110,8 +110,10 @@ class TestByHand:
 
 @pytest.mark.parametrize("case", [*KEPT_ALL, *LOST_SOME, "random12"])
 def test_released_matcher_is_reproduced(case: str) -> None:
-    logits, boxes, targets, whwh, expected = load_case(case)
-    assert torch.equal(match(logits, boxes, pad_targets(targets), whwh, method="released"), expected)
+    for mode in ("focal", "bce"):
+        logits, boxes, targets, whwh, expected = load_case(case, mode)
+        matched = match(logits, boxes, pad_targets(targets), whwh, method="released", class_loss=mode)
+        assert torch.equal(matched, expected), mode
 
 
 @pytest.mark.parametrize("case", KEPT_ALL)
@@ -127,12 +129,14 @@ def test_fixed_matcher_keeps_what_the_release_loses(case: str) -> None:
     assert covered(match(logits, boxes, pad_targets(targets), whwh)[0]) == len(targets[0])
 
 
+@pytest.mark.parametrize("mode", ["focal", "bce"])
 @pytest.mark.parametrize("name", ["iou", "cost"])
-def test_costs_of_the_release(name: str) -> None:
+def test_costs_of_the_release(name: str, mode: str) -> None:
     logits, boxes, targets, whwh, _ = load_case("mixed")
-    found = matching._cost_and_iou(logits, boxes, pad_targets(targets), whwh, **COST_SETTINGS)[name == "iou"]
+    settings = COST_SETTINGS if mode == "focal" else COST_SETTINGS | {"focal": None}
+    found = matching._cost_and_iou(logits, boxes, pad_targets(targets), whwh, **settings)[name == "iou"]
     for image in (1, 2):
-        expected = torch.from_numpy(load_fixture("matcher")[f"mixed__focal__img{image}__{name}"]).T
+        expected = torch.from_numpy(load_fixture("matcher")[f"mixed__{mode}__img{image}__{name}"]).T
         # The release leaves 1e5 or inf on the costs of taken or unmatched pairs.
         untouched = expected < 50_000
         assert untouched.any()

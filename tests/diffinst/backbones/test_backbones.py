@@ -14,6 +14,7 @@ from diffinst.backbones.base import Backbone
 from diffinst.backbones.frozen_norm import ConvFrozenNorm
 from diffinst.backbones.registry import BACKBONES, IMAGENET_WEIGHTS
 from diffinst.backbones.resnet import ResNet
+from diffinst.backbones.swin import Swin
 from diffinst.config import BackboneName
 
 # The full ResNets have nothing that a narrow one has not; they are held to the released names and shapes elsewhere.
@@ -22,6 +23,7 @@ SMALL = {
     "resnet_grouped": lambda: ResNet(
         depth=50, stem_channels=8, res2_channels=16, width_per_group=2, num_groups=2, freeze_at=0
     ),
+    "swin": lambda: Swin(embed_dim=8, depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4), window_size=3),
     "efficientnet_lite0": lambda: BACKBONES["efficientnet_lite0"](0),
     "tiny": lambda: BACKBONES["tiny"](0),
 }

@@ -6,7 +6,7 @@ import pytest
 
 from diffinst.config import DataConfig
 from diffinst.data import catalog
-from diffinst.data.catalog import SplitPaths, check_name, read_image_ids, resolve
+from diffinst.data.catalog import SplitPaths, annotation_format, check_name, read_image_ids, resolve
 from diffinst.errors import DataError
 
 
@@ -28,6 +28,11 @@ def _touch(root: Path, annotations: str, images: str) -> SplitPaths:
         ("coco_mini", "train", "annotations/instances_train.json", "train"),
         ("nuclei", "train", "nuclei/annotations/instances_train.json", "nuclei/images"),
         ("nuclei", "val", "annotations/instances_val.json", "images"),
+        ("lvis", "train", "lvis/lvis_v1_train.json", "coco"),
+        ("lvis", "val", "lvis/lvis_v1_val.json", "coco"),
+        ("lvis_v05", "val", "lvis/lvis_v0.5_val.json", "coco"),
+        ("lvis_tiny", "train", "lvis_tiny/lvis_v0.5_val_tiny.json", "lvis_tiny/images"),
+        ("lvis_tiny", "val", "lvis_v0.5_val_tiny.json", "images"),
     ],
 )
 def test_layouts(tmp_path: Path, dataset: str, split: catalog.Split, annotations: str, images: str) -> None:
@@ -77,7 +82,9 @@ def test_the_image_folder_is_missing(tmp_path: Path) -> None:
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(DataError, match=r"'nucleus' is not known\. Allowed: shapes, .*Did you mean 'nuclei'\?"):
         check_name(DataConfig(dataset="nucleus"))
-    with pytest.raises(DataError, match=r"Allowed: shapes, coco, coco_mini, nuclei, custom\.$"):
+    with pytest.raises(
+        DataError, match=r"Allowed: shapes, coco, coco_mini, nuclei, lvis, lvis_v05, lvis_tiny, custom\.$"
+    ):
         check_name(DataConfig(dataset="xyz"))
 
 
@@ -100,6 +107,20 @@ def test_custom_paths_only_with_custom() -> None:
         check_name(DataConfig(dataset="custom"))
     with pytest.raises(DataError, match="val_images: only for dataset 'custom', but dataset is 'coco'"):
         check_name(DataConfig(dataset="coco", val_images="x"))
+
+
+def test_the_format_of_annotations() -> None:
+    files = {"train_annotations": "a.json", "train_images": "a"}
+    assert {name: annotation_format(DataConfig(dataset=name)) for name in catalog.NAMES} == {
+        name: "lvis" if name.startswith("lvis") else "coco" for name in catalog.NAMES
+    }
+    assert annotation_format(DataConfig(dataset="custom", annotation_format="lvis", **files)) == "lvis"
+    with pytest.raises(DataError, match="annotation_format: only for dataset 'custom', but dataset is 'coco'"):
+        check_name(DataConfig(dataset="coco", annotation_format="lvis"))
+    with pytest.raises(DataError, match="class_agnostic: not for LVIS"):
+        check_name(DataConfig(dataset="lvis", class_agnostic=True))
+    with pytest.raises(DataError, match="class_agnostic: not for LVIS"):
+        check_name(DataConfig(dataset="custom", annotation_format="lvis", class_agnostic=True, **files))
 
 
 def test_shapes_are_made_where_they_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,9 @@ def test_resizing(tmp_path: Path) -> None:
     assert sample.target.masks.sum(dim=(1, 2)).tolist() == [4 * 100, 4 * 120]
     assert dataset.test_sample(2).image.shape == (3, 10, 15)
     assert dataset.test_sizes() == [(10, 15)] * 3
+    original = dataset.original_sample(2)
+    assert original.original_size == (20, 30)
+    assert np.array_equal(original.image.permute(1, 2, 0).numpy(), dataset.load_image(2))
 
 
 def test_augmentation_is_a_function_of_the_generator(tmp_path: Path) -> None:

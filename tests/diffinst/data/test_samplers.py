@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from diffinst.data.samplers import (
     Draw,
+    RepeatedEpochs,
     TrainingBatches,
     augmentation_generator,
     batches_of_equal_size,
     draws_of_iteration,
     epoch_order,
+    repeat_factors,
+    repeated_order,
 )
 
 
@@ -59,6 +62,91 @@ def test_a_batch_may_be_larger_than_the_set() -> None:
     draws = draws_of_iteration(0, num_images=2, batch_size=5, seed=0)
     assert [draw.position for draw in draws] == [0, 1, 2, 3, 4]
     assert {draw.index for draw in draws} == {0, 1}
+
+
+class TestRepeatFactors:
+    def test_by_hand(self) -> None:
+        # Eight images; class 0 on 4 (1/2), class 1 on 2 (1/4), class 2 on 1 (1/8). With a threshold of 1/2 they ask for
+        # 1, sqrt(2) and 2; an image follows the class that asks for most.
+        labels = [{0}, {0, 1}, {0, 2}, {0}, {1}, set(), set(), set()]
+        expected = [1, 2**0.5, 2, 1, 2**0.5, 1, 1, 1]
+        assert repeat_factors(labels, 0.5).tolist() == pytest.approx(expected)
+
+    def test_a_class_counts_once_an_image(self) -> None:
+        assert repeat_factors([[3, 3, 3], [3], [], []], 1.0).tolist() == pytest.approx([2**0.5, 2**0.5, 1, 1])
+
+    def test_a_threshold_that_no_class_is_below(self) -> None:
+        assert repeat_factors([{0}, {1}, {0, 1}], 0.3).tolist() == [1, 1, 1]
+
+    @given(st.lists(st.sets(st.integers(0, 4)), min_size=1, max_size=12), st.floats(0.001, 2, allow_nan=False))
+    def test_equals_the_slow_rule(self, labels: list[set[int]], threshold: float) -> None:
+        expected = []
+        for found in labels:
+            wanted = [1.0]
+            for label in found:
+                share = sum(label in other for other in labels) / len(labels)
+                wanted.append((threshold / share) ** 0.5)
+            expected.append(max(wanted))
+        assert repeat_factors(labels, threshold).tolist() == pytest.approx(expected)
+
+
+class TestRepeatedOrder:
+    def test_whole_factors_by_hand(self) -> None:
+        order = repeated_order(torch.tensor([1.0, 3.0, 2.0]).double(), seed=0, epoch=0)
+        assert sorted(order.tolist()) == [0, 1, 1, 1, 2, 2]
+
+    def test_without_repeats_it_is_the_plain_order(self) -> None:
+        for epoch in range(3):
+            plain = epoch_order(11, seed=5, epoch=epoch)
+            assert torch.equal(repeated_order(torch.ones(11).double(), seed=5, epoch=epoch), plain)
+
+    def test_is_pinned(self) -> None:
+        """A change here changes every training with repeat factors."""
+        factors = torch.tensor([1.5, 2.25, 1.0, 1.75]).double()
+        assert [repeated_order(factors, seed=0, epoch=epoch).tolist() for epoch in range(2)] == [
+            [1, 1, 3, 3, 0, 2],
+            [2, 3, 1, 1, 0],
+        ]
+
+    def test_rounding_is_right_on_average(self) -> None:
+        """Over 2000 epochs an image comes as often as its factor says; four standard deviations are at most 0.045."""
+        factors = torch.tensor([1.0, 1.1, 1.5, 2.9, 3.25]).double()
+        counts = [torch.bincount(repeated_order(factors, seed=7, epoch=epoch), minlength=5) for epoch in range(2000)]
+        stacked = torch.stack(counts).double()
+        torch.testing.assert_close(stacked.mean(0), factors, rtol=0, atol=0.045)
+        assert ((stacked - factors).abs() < 1).all()  # never further than to the next whole number
+
+    def test_images_are_rounded_independently(self) -> None:
+        factors = torch.full((2,), 1.5).double()
+        counts = [tuple(repeated_order(factors, seed=1, epoch=epoch).bincount(minlength=2)) for epoch in range(200)]
+        assert min(Counter(tuple(map(int, pair)) for pair in counts).values()) > 25  # four pairs, 50 of each expected
+
+
+@given(st.lists(st.floats(1, 3), min_size=1, max_size=8), st.integers(1, 7), st.integers(0, 3), st.integers(0, 30))
+def test_a_killed_training_with_repeats_goes_on_with_the_same_order(
+    factors: list[float], batch_size: int, seed: int, start: int
+) -> None:
+    chosen = torch.tensor(factors).double()
+    settings = {"num_images": len(factors), "batch_size": batch_size, "seed": seed, "end_iteration": 31}
+    whole = [*TrainingBatches(**settings, factors=chosen)]
+    assert [*TrainingBatches(**settings, factors=chosen, start_iteration=start)] == whole[start:]
+    stream = [draw for batch in whole for draw in batch]
+    assert [draw.position for draw in stream] == [*range(31 * batch_size)]
+    epochs = [index for epoch in range(len(stream)) for index in repeated_order(chosen, seed, epoch).tolist()]
+    assert [draw.index for draw in stream] == epochs[: len(stream)]
+
+
+def test_positions_may_be_asked_for_in_any_order() -> None:
+    factors = torch.tensor([1.5, 2.5, 1.0]).double()
+    in_order = RepeatedEpochs(factors, seed=3)
+    expected = [in_order.index_at(position) for position in range(40)]
+    backwards = RepeatedEpochs(factors, seed=3)
+    assert [backwards.index_at(position) for position in reversed(range(40))] == expected[::-1]
+
+
+def test_an_image_cannot_be_left_out() -> None:
+    with pytest.raises(ValueError, match="must be at least 1, not 0.5"):
+        RepeatedEpochs(torch.tensor([1.0, 0.5]), seed=0)
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(0, 1), (1, 0)])

@@ -10,7 +10,8 @@ from PIL import Image
 
 from diffinst.build import seeded_model
 from diffinst.config import DataConfig, ModelConfig, SamplerConfig
-from diffinst.engine.predict import Photograph, coco_results, detect_image, find_photographs, predict
+from diffinst.data.coco import read_image
+from diffinst.engine.predict import coco_results, detect_image, find_media, predict
 from diffinst.errors import DataError
 from diffinst.model import DiffusionInst
 from diffinst.ops.rle import decode_rle
@@ -46,38 +47,38 @@ def test_photographs_are_found_in_files_and_folders(tmp_path: Path) -> None:
         _write(tmp_path / name)
     (tmp_path / "b/notes.txt").touch()
     single = _write(tmp_path / "single.bmp")
-    found = find_photographs([tmp_path / "b", single, tmp_path / "b/1.jpeg"])
+    found = find_media([tmp_path / "b", single, tmp_path / "b/1.jpeg"])
     assert [str(item.output) for item in found] == ["1.jpeg", "2.png", "inner/a.JPG", "single.png"]
     assert [item.image_id for item in found][:2] == [1, 2]
 
 
 def test_the_id_of_a_photograph_is_its_own(tmp_path: Path) -> None:
     coco, other = _write(tmp_path / "000000000139.jpg"), _write(tmp_path / "cat.jpg")
-    first, second = find_photographs([tmp_path])
+    first, second = find_media([tmp_path])
     assert first.image_id == 139
-    assert second == find_photographs([other])[0]
+    assert second == find_media([other])[0]
     assert 0 <= second.image_id < 2**52
-    assert find_photographs([_write(tmp_path / "dog.jpg")])[0].image_id != second.image_id
-    assert find_photographs([coco])[0].image_id != second.image_id
+    assert find_media([_write(tmp_path / "dog.jpg")])[0].image_id != second.image_id
+    assert find_media([coco])[0].image_id != second.image_id
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "clash"])
 def test_what_cannot_be_drawn_is_said_before_any_work(tmp_path: Path, kind: str) -> None:
     inputs, message = [tmp_path / "nothing"], "nothing: no such file or folder"
     if kind == "empty":
-        inputs, message = [tmp_path], "no image in this folder. Looked for .jpg"
+        inputs, message = [tmp_path], "no image in this folder, and no video. Looked for .jpg"
     if kind == "clash":
         inputs = [_write(tmp_path / "a/x.png"), _write(tmp_path / "b/x.bmp")]
         message = "would both be drawn as x.png"
     with pytest.raises(DataError, match=message):
-        find_photographs(inputs)
+        find_media(inputs)
 
 
 def test_results_by_hand() -> None:
     masks = torch.zeros(1, 4, 5, dtype=torch.bool)
     masks[0, 1:3, 1:4] = True
     found = Detections(torch.tensor([[1.0, 1.0, 4.0, 3.0]]), torch.tensor([0.75]), torch.tensor([1]), masks)
-    (result,) = coco_results(found, Photograph(Path("in/7.jpg"), Path("7.jpg"), 7), ["disc", "ring"])
+    (result,) = coco_results(found, 7, "7.jpg", ["disc", "ring"])
     encoding = result.pop("segmentation")
     assert result == {
         "image_id": 7,
@@ -94,28 +95,35 @@ def test_predict_writes_pictures_and_results(model: DiffusionInst, tmp_path: Pat
     _write(tmp_path / "in/a.jpg")
     _write(tmp_path / "in/deep/b.png", seed=1, size=(70, 50))
     seen = []
-    path = predict(
+    done = predict(
         model,
-        find_photographs([tmp_path / "in"]),
+        find_media([tmp_path / "in"]),
         tmp_path / "out",
         data=DATA,
         settings=SAMPLER,
         class_names=["disc", "ring", "star"],
         draw_threshold=0.0,
-        on_image=lambda photograph, detections: seen.append((photograph.path.name, len(detections))),
+        report=lambda medium, number, total: seen.append((medium.path.name, number, total)),
     )
-    assert sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.*")) == [
+    assert done == 2
+    assert seen == [("a.jpg", 1, 1), ("b.png", 1, 1)]
+    out = tmp_path / "out"
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == [
         "a.jpg",
+        "a.jpg.json",
         "deep/b.png",
+        "deep/b.png.json",
         "predictions.json",
     ]
-    with Image.open(tmp_path / "out/deep/b.png") as drawn, Image.open(tmp_path / "in/deep/b.png") as original:
+    with Image.open(out / "deep/b.png") as drawn, Image.open(tmp_path / "in/deep/b.png") as original:
         enlarged = original.resize((8 * original.width, 8 * original.height), Image.Resampling.NEAREST)
-        assert drawn.size == enlarged.size  # 8 x 50 is the least multiple from 360 on
-        assert drawn.tobytes() != enlarged.tobytes()
-    results = json.loads(path.read_text())
-    assert [name for name, _ in seen] == ["a.jpg", "b.png"]
-    assert len(results) == sum(count for _, count in seen) > 0
+        assert drawn.width == enlarged.width  # 8 x 50 is the least multiple from 360 on
+        assert enlarged.height < drawn.height  # the legend
+        assert drawn.crop((0, 0, *enlarged.size)).tobytes() != enlarged.tobytes()
+    results = json.loads((out / "predictions.json").read_text())
+    assert len(results) == 10
+    parts = [json.loads((out / name).read_text()) for name in ("a.jpg.json", "deep/b.png.json")]
+    assert results == parts[0] + parts[1]
     for result in results:
         x, y, width, height = result["bbox"]
         size = [60, 90] if result["file_name"] == "a.jpg" else [70, 50]
@@ -128,14 +136,68 @@ def test_predict_writes_pictures_and_results(model: DiffusionInst, tmp_path: Pat
 
 def test_a_photograph_gives_the_same_whatever_lies_beside_it(model: DiffusionInst, tmp_path: Path) -> None:
     _write(tmp_path / "in/a.png")
-    alone = predict(
-        model, find_photographs([tmp_path / "in"]), tmp_path / "one", data=DATA, settings=SAMPLER
-    ).read_text()
+    predict(model, find_media([tmp_path / "in"]), tmp_path / "one", data=DATA, settings=SAMPLER)
     _write(tmp_path / "in/0.png", seed=1)
-    both = predict(
-        model, find_photographs([tmp_path / "in"]), tmp_path / "two", data=DATA, settings=SAMPLER
-    ).read_text()
-    assert [item for item in json.loads(both) if item["file_name"] == "a.png"] == json.loads(alone)
+    predict(model, find_media([tmp_path / "in"]), tmp_path / "two", data=DATA, settings=SAMPLER)
+    assert (tmp_path / "one/a.png.json").read_bytes() == (tmp_path / "two/a.png.json").read_bytes()
+
+
+def test_nothing_is_overwritten_in_silence(model: DiffusionInst, tmp_path: Path) -> None:
+    media = find_media([_write(tmp_path / "a.png")])
+    predict(model, media, tmp_path / "out", data=DATA, settings=SAMPLER)
+    before = (tmp_path / "out/a.png.json").read_bytes()
+    with pytest.raises(DataError, match=r"out/a\.png: is there already, and 2 more\. Choose .* with --force"):
+        predict(model, media, tmp_path / "out", data=DATA, settings=SAMPLER.model_copy(update={"eval_seed": 1}))
+    assert (tmp_path / "out/a.png.json").read_bytes() == before
+    predict(model, media, tmp_path / "out", data=DATA, settings=SAMPLER, force=True)
+    assert (tmp_path / "out/a.png.json").read_bytes() == before
+    with pytest.raises(DataError, match=r"a\.png: would be drawn over itself"):
+        predict(model, media, tmp_path, data=DATA, settings=SAMPLER, force=True)
+
+
+def test_stopping_keeps_what_is_done(model: DiffusionInst, tmp_path: Path) -> None:
+    for number in range(3):
+        _write(tmp_path / f"in/{number}.png", seed=number)
+    seen: list[int] = []
+    done = predict(
+        model,
+        find_media([tmp_path / "in"]),
+        tmp_path / "out",
+        data=DATA,
+        settings=SAMPLER,
+        report=lambda *_: seen.append(1),
+        stop=lambda: len(seen) == 2,
+    )
+    assert done == 2
+    assert not (tmp_path / "out/2.png").exists()
+    assert {result["image_id"] for result in json.loads((tmp_path / "out/predictions.json").read_text())} == {0, 1}
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "EXIF", "1x1"])
+def test_every_kind_of_picture(model: DiffusionInst, tmp_path: Path, mode: str) -> None:
+    grey = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1))
+    image = Image.fromarray(np.stack([grey] * 3, axis=2))
+    expected = (30, 40)
+    path = tmp_path / ("in.tif" if mode == "CMYK" else "in.png")
+    if mode == "I;16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+        assert (read_image(path, reduce_depth=True) == np.asarray(image)).all()
+    elif mode == "EXIF":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise
+        image.save(path, exif=exif)
+        expected = (40, 30)
+        assert (read_image(path) == np.rot90(np.asarray(image), -1)).all()
+    elif mode == "1x1":
+        image.crop((0, 0, 1, 1)).save(path)
+        expected = (1, 1)
+    else:
+        image.convert(mode).save(path)
+    predict(model, find_media([path]), tmp_path / "out", data=DATA, settings=SAMPLER, draw_threshold=0.0)
+    results = json.loads((tmp_path / "out/in.png.json").read_text())
+    assert {tuple(result["segmentation"]["size"]) for result in results} == {expected}
+    with Image.open(tmp_path / "out/in.png") as drawn:
+        assert min(drawn.size) >= 360
 
 
 def test_a_photograph_may_be_of_any_size(model: DiffusionInst) -> None:
@@ -150,4 +212,17 @@ def test_a_damaged_photograph_is_named(model: DiffusionInst, tmp_path: Path) -> 
     path = _write(tmp_path / "in/a.jpg")
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(DataError, match="a.jpg: cannot be decoded"):
-        predict(model, find_photographs([path]), tmp_path / "out", data=DATA, settings=SAMPLER)
+        predict(model, find_media([path]), tmp_path / "out", data=DATA, settings=SAMPLER)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_augmentation_reaches_photographs(model: DiffusionInst) -> None:
+    model.eval()
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    tta = SAMPLER.model_copy(
+        update={"tta": True, "tta_shortest_edges": (48,), "tta_min_box_sizes": (), "tta_max_box_sizes": ()}
+    )
+    plain, augmented = (detect_image(model, image, 0, data=DATA, settings=settings) for settings in (SAMPLER, tta))
+    assert augmented.masks is not None
+    assert tuple(augmented.masks.shape[1:]) == (60, 90)
+    assert plain.boxes_xyxy.shape != augmented.boxes_xyxy.shape or (plain.boxes_xyxy != augmented.boxes_xyxy).any()

@@ -13,7 +13,7 @@ import pytest
 import tiny_training
 import torch
 from safetensors.torch import load_file
-from tiny_training import Rectangles, tiny_config, tiny_model
+from tiny_training import Rectangles, killed_config, tiny_config, tiny_model
 
 import diffinst
 from diffinst.build import seeded_model
@@ -22,6 +22,7 @@ from diffinst.config import Config, TrainConfig
 from diffinst.diffusion.schedule import NoiseSchedule
 from diffinst.engine.train import TrainProgress, draw_noisy_boxes, train, training_losses
 from diffinst.errors import CheckpointError, TrainingError
+from diffinst.losses import compute_losses
 from diffinst.structures import Sample, Target
 
 
@@ -72,11 +73,15 @@ def test_a_whole_training(undisturbed: Path) -> None:
     assert checkpoint.class_names == ("wide", "high")
     assert not checkpoint.optimizer
     initial = tiny_model().state_dict()
+    assert not checkpoint.ema
     unmoved = [name for name, value in checkpoint.model.items() if torch.equal(value, initial[name])]
     assert unmoved == ["fpn.output.3.bias"]  # no box of these images is large enough for p5
 
 
-def test_kill_and_the_same_command_again(undisturbed: Path, tmp_path: Path) -> None:
+def test_kill_and_the_same_command_again(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    undisturbed = tmp_path_factory.mktemp("undisturbed_too")
+    train(tiny_model(), Rectangles(), killed_config(), undisturbed)
+    assert any(name.startswith("ema/") for name in load_file(undisturbed / "model.safetensors"))
     script = [sys.executable, tiny_training.__file__, str(tmp_path), str(torch.get_num_threads())]
     # The folder of the script holds tests/diffinst, which must not be taken for the package.
     root = str(Path(diffinst.__file__).parents[1])
@@ -92,7 +97,7 @@ def test_kill_and_the_same_command_again(undisturbed: Path, tmp_path: Path) -> N
         child.wait()
     assert load_checkpoint(tmp_path / "checkpoint.safetensors").iteration == 4
 
-    train(tiny_model(), Rectangles(), tiny_config(), tmp_path)
+    train(tiny_model(), Rectangles(), killed_config(), tmp_path)
     assert_same_training(tmp_path, undisturbed)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
@@ -308,6 +313,7 @@ def test_every_parameter_learns_even_from_a_batch_without_instances() -> None:
     "changes",
     [
         {"matcher": "released"},
+        {"class_loss": "bce"},
         {"empty_batch_loss": "released"},
         {"ota_k": 2},
         {"class_weight": 1.0},
@@ -334,7 +340,74 @@ def test_settings_reach_the_losses(changes: dict[str, object], monkeypatch: pyte
     boxes = torch.tensor([[[2.0, 2.0, 20.0, 20.0]]])
     training_losses(model, batch.images, [sample.target], batch.whwh, boxes, torch.tensor([5]), settings)
     assert {name: given[name] for name in changes} == changes
+    assert given.pop("federated") is None
     assert all(given[name] == getattr(settings, name) for name in given)
+
+
+class FewAndMany(Rectangles):
+    """Ten classes, as the federated loss needs some to leave out; of those that occur the second is rare."""
+
+    class_names = tuple(f"class {number}" for number in range(10))
+    class_image_counts = (900, 1, 400, 400, 400, 400, 400, 400, 400, 0)
+
+    def image_labels(self) -> list[set[int]]:
+        return [set(range(min(index % 5, 2))) for index in range(len(self))]
+
+
+FEDERATED = {"federated_loss": True, "federated_classes": 4, "repeat_threshold": 3.0, "class_loss": "bce"}
+
+
+def train_federated(folder: Path, *, stop: object = None, **changes: object) -> Path:
+    config = tiny_config(**(FEDERATED | changes))
+    model = seeded_model(tiny_training.MODEL.model_copy(update={"num_classes": 10}), 0)
+    return train(model, FewAndMany(), config, folder, stop=stop)
+
+
+def test_a_federated_training_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    train_federated(tmp_path / "whole")
+    checkpoint = train_federated(tmp_path / "stopped", stop=stop_after(5))
+    assert load_checkpoint(checkpoint).iteration == 5
+    train_federated(tmp_path / "stopped")
+    assert_same_training(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"federated_loss": False},
+        {"federated_classes": 6},
+        {"federated_power": 0.0},
+        {"repeat_threshold": None},
+        {"class_loss": "focal"},
+    ],
+    ids=str,
+)
+def test_each_setting_of_a_federated_training_counts(
+    changes: dict[str, object], federated: str, tmp_path: Path
+) -> None:
+    train_federated(tmp_path, iterations=4, **changes)
+    assert (tmp_path / "losses.jsonl").read_text() != federated
+
+
+@pytest.fixture(scope="module")
+def federated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The losses of four iterations."""
+    folder = tmp_path_factory.mktemp("federated")
+    train_federated(folder, iterations=4)
+    return (folder / "losses.jsonl").read_text()
+
+
+def test_classes_are_sampled_anew_for_each_iteration_and_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def compute(*args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        drawn.extend(kwargs["federated"].arrival)
+        return compute_losses(*args, **kwargs)
+
+    monkeypatch.setattr("diffinst.engine.train.compute_losses", compute)
+    train_federated(tmp_path, iterations=3)
+    orders = {tuple(arrival.argsort().tolist()) for arrival in drawn}
+    assert len(drawn) == len(orders) == 3 * 2
 
 
 def test_bf16_autocast_gives_nearly_the_same_losses() -> None:

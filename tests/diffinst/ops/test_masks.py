@@ -187,3 +187,23 @@ def test_paste_refuses_unknown_clip():
             threshold=0.5,
             clip="round",
         )
+
+
+@pytest.mark.parametrize("output_size", [(37, 51), (300, 410)])  # pasted whole, and box by box
+@pytest.mark.parametrize("clip", ["covering", "truncated"])
+def test_masks_of_a_mirrored_image_are_mirrored_back(output_size, clip):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(3, 8, 12, generator=generator)
+    height, width = output_size
+    # Corners on whole pixels: those between are cut as the image's own, not as its mirror image's.
+    boxes = torch.tensor([[0.0, 0, width, height], [3, 5, width // 2, height // 2], [30, 2, 34, 9]])
+    mirrored_boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+    options = {"stride": 4, "image_size": (29, 45), "output_size": output_size, "threshold": 0.5, "clip": clip}
+    found = paste_masks(probabilities, boxes, mirrored=True, **options)
+    expected = paste_masks(probabilities, mirrored_boxes, **options).flip(2)
+    assert found.flatten(1).any(dim=1)[:2].all()
+    assert (found != expected).float().mean() < 1e-4  # sums in another order
+    between = torch.tensor([[2.3, 5.0, 20.6, 31.0]])
+    ones = torch.ones(1, 8, 12)
+    columns = paste_masks(ones, between, mirrored=True, **options)[0].any(dim=0).nonzero().flatten()
+    assert (columns[0], columns[-1] + 1) == ((2, 20) if clip == "truncated" else (2, 21))
