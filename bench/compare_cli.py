@@ -1,0 +1,134 @@
+"""diffbench compare and calibrate: read two or more sets of results, judge them, write the verdicts."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from bench.calibration import NO_NOISE, calibrate, dump_calibration, load_calibration
+from bench.compare import compare
+from bench.errors import BenchError, RecordError, StoreError
+from bench.gates import DEFAULT_GATES, load_gates
+from bench.pytest_benchmarks import read_benchmarks
+from bench.record import SCHEMA_VERSION, parse_record
+from bench.report.cells import Record
+from bench.report.comparison import WRITERS, summary, to_markdown
+from bench.report.frames import record_files
+from bench.store import write_atomic
+
+_SIDE = "a results folder, a suite's or a machine's folder in it, or a JSON file with a record or a list of records"
+BenchmarksOption = Annotated[bool, typer.Option("--benchmarks", help="the files are those of pytest --benchmark-json")]
+
+
+def compare_command(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help=_SIDE)],
+    head: Annotated[Path, typer.Argument(metavar="HEAD", help="the same, of what is to be judged")],
+    gates_file: Annotated[
+        Path | None, typer.Option("--gates", metavar="FILE.yaml", help="thresholds; default: built in, see README")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="noise floors from calibrate; before the gates' own"),
+    ] = None,
+    output_format: Annotated[
+        Literal["text", "markdown", "json", "junit", "github"],
+        typer.Option("--format", help="github: annotations, and Markdown into $GITHUB_STEP_SUMMARY"),
+    ] = "text",
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="default: printed")] = None,
+    benchmarks: BenchmarksOption = False,
+) -> None:
+    """Judge HEAD against BASE, cell by cell and metric by metric.
+
+    Exit codes: 0 fine, 1 regression, 2 usage, 3 missing or extra cells (or nothing compared), 4 failed cells,
+    5 not comparable, 6 inconclusive. Of several: 1 before 4 before 3 before 5 before 6.
+    """
+    gates = DEFAULT_GATES if gates_file is None else load_gates(gates_file)
+    floors = calibration or gates.calibration
+    noise = NO_NOISE if floors is None else load_calibration(floors)
+    read = read_benchmarks if benchmarks else read_results
+    with _collector_paused():
+        found = compare(read(base), read(head), gates, noise)
+    text = WRITERS[output_format](found)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomic(out, text)
+        typer.echo(f"wrote {out}: {summary(found)}")
+    if output_format == "github" and (job_summary := os.environ.get("GITHUB_STEP_SUMMARY")):
+        _append(Path(job_summary), to_markdown(found))
+    raise typer.Exit(int(found.exit_code))
+
+
+def calibrate_command(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="one for each run; as for compare")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="ends in .yaml, .yml or .json")],
+    benchmarks: BenchmarksOption = False,
+) -> None:
+    """Learn noise floors from several runs of the same suite and code: how much a metric varies by itself."""
+    if out.suffix not in (".yaml", ".yml", ".json"):
+        raise BenchError(f"--out {out}: is not allowed. Allowed: a file name that ends in .yaml, .yml or .json")
+    read = read_benchmarks if benchmarks else read_results
+    noise = calibrate([read(path) for path in results], [str(path) for path in results])
+    write_atomic(out, dump_calibration(noise, out.suffix))
+    count = sum(len(floors) for floors in noise.machines.values())
+    machines = f"{len(noise.machines)} machine class{'' if len(noise.machines) == 1 else 'es'}"
+    typer.echo(f"wrote {out}: noise floors of {count} metrics on {machines}, from {len(results)} runs")
+
+
+def read_results(path: Path) -> list[Record]:
+    """The records of a folder or a JSON file, each with the 'path' of its file.
+
+    Raises:
+        RecordError: there are none, or one is unreadable.
+    """
+    files = record_files(path) if path.is_dir() else [path]
+    return [record for file in files for record in _records_of(file)]
+
+
+def _records_of(path: Path) -> list[Record]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecordError(f"{path}: cannot be read ({reason}). Give {_SIDE}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: not valid JSON ({error}). Give {_SIDE}") from error
+    if not isinstance(content, list):
+        return [_checked(content, str(path), path)]
+    if not content:
+        raise RecordError(f"{path}: an empty list. Give {_SIDE}")
+    return [_checked(entry, f"{path}[{number}]", path) for number, entry in enumerate(content)]
+
+
+def _checked(content: Any, source: str, path: Path) -> Record:
+    record = parse_record(content, source)
+    # As it stands in the file, if that is of this version: dumping thousands of records takes as long as reading them.
+    is_current = content["schema_version"] == SCHEMA_VERSION
+    return {**(content if is_current else record.model_dump()), "path": str(path)}
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without looking for garbage cycles: records hold none, and looking through thousands of them takes seconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); it is $GITHUB_STEP_SUMMARY") from error

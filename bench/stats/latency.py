@@ -1,0 +1,236 @@
+"""Medians and percentiles of raw timings with intervals, outliers, and how two sets of timings compare.
+
+Intervals lie between two order statistics: no shape of the distribution is assumed, and for independent samples they
+cover at least as often as they say. Timings in a row are not independent (clocks, caches, neighbours on the machine):
+the ranks are those of as many independent samples as the row is worth (`effective_count`), and a row that drifts is
+worth few. What changes from one run to the next cannot be seen in one run: it is added to a comparison as `noise`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+
+from bench.stats.student import combine, two_sided_p, two_sided_quantile
+
+LEVEL = 0.95
+# The least chance that two order statistics enclose the percentile, for a standard error to be read from them.
+_MIN_COVERAGE = 0.7
+_MIN_ROW = 10  # samples, to look for dependence among them
+_MAX_EXACT = 2000  # samples; beyond, the normal approximation of the binomial gives the ranks
+# Modified z-scores beyond this mark outliers (Iglewicz and Hoaglin, 1993).
+OUTLIER_LIMIT = 3.5
+_MAD_OF_NORMAL = 0.6744897501960817
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """q in (0, 1); value, low and high in the samples' unit. low or high is None where the samples are too few.
+
+    count: of samples; effective_count: of independent ones that they are worth.
+    """
+
+    q: float
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+    effective_count: float
+
+
+@dataclass(frozen=True)
+class LogError:
+    """Standard error of the logarithm of a percentile, and with how many degrees of freedom it is known."""
+
+    standard_error: float
+    degrees_of_freedom: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times head is base, with a 95 % interval; p_value of no difference."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    log_standard_error: float
+    degrees_of_freedom: float
+
+
+def quantile(samples: Sequence[float], q: float = 0.5) -> Quantile:
+    """A percentile of `samples`, linear between neighbours, with a 95 % interval.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not len(samples):
+        raise ValueError("no samples")
+    values = np.asarray(samples, dtype=np.float64)
+    ordered = np.sort(values)
+    point = _point(ordered, q)
+    effective = _effective_count(values, point)
+    low, high, _ = _ranks(int(effective), q)
+    return Quantile(
+        q,
+        point,
+        None if low is None else float(ordered[_stretch(low, int(effective), len(ordered), math.floor)]),
+        None if high is None else float(ordered[_stretch(high, int(effective), len(ordered), math.ceil)]),
+        len(ordered),
+        effective,
+    )
+
+
+def log_error(samples: Sequence[float], q: float = 0.5) -> LogError | None:
+    """How sure the logarithm of a percentile is within one run.
+
+    None where that cannot be told: too few samples for the percentile, or some that are not above 0.
+    """
+    if len(samples) < 2:
+        return None
+    values = np.asarray(samples, dtype=np.float64)
+    ordered = np.sort(values)
+    if ordered[0] <= 0:
+        return None
+    effective = int(_effective_count(values, _point(ordered, q)))
+    low, high, coverage = _ranks(effective, q)
+    if low is None or high is None:
+        # Short rows: the whole range, which is as sure as it happens to be.
+        low, high, coverage = 1, effective, 1 - q**effective - (1 - q) ** effective
+        if effective < 2 or coverage < _MIN_COVERAGE:
+            return None
+    lower = ordered[_stretch(low, effective, len(ordered), math.floor)]
+    upper = ordered[_stretch(high, effective, len(ordered), math.ceil)]
+    width = math.log(upper) - math.log(lower)
+    return LogError(width / (2 * NormalDist().inv_cdf((1 + coverage) / 2)), effective - 1)
+
+
+def ratio(
+    base: Sequence[float], head: Sequence[float], *, q: float = 0.5, noise: float = 0.0, noise_degrees: float = math.inf
+) -> Ratio | None:
+    """The ratio head / base of a percentile, on the logarithmic scale: swapping the two inverts it.
+
+    Args:
+        base, head: raw timings of one run each.
+        noise: standard deviation of the percentile's logarithm from run to run; each of the two runs has its own.
+        noise_degrees: of freedom, with which `noise` is known.
+    Returns:
+        None where the samples are too few; see `log_error`.
+    """
+    errors = log_error(base, q), log_error(head, q)
+    if errors[0] is None or errors[1] is None:
+        return None
+    effect = math.log(_point(np.sort(head), q) / _point(np.sort(base), q))
+    within = [(error.standard_error**2, error.degrees_of_freedom) for error in errors if error is not None]
+    error, degrees = combine([*within, (2 * noise**2, noise_degrees)])
+    half = two_sided_quantile(1 - LEVEL, degrees) * error
+    ends = math.exp(effect - half), math.exp(effect + half)
+    return Ratio(math.exp(effect), *ends, p_of(effect, error, degrees), error, degrees)
+
+
+def p_of(effect: float, standard_error: float, degrees_of_freedom: float) -> float:
+    """Two-sided chance of an effect at least as large where there is none."""
+    if standard_error == 0:
+        return 1.0 if effect == 0 else 0.0
+    return two_sided_p(effect / standard_error, degrees_of_freedom)
+
+
+def is_outlier(samples: Sequence[float]) -> np.ndarray:
+    """Which samples are outliers; they are marked, and stay in every statistic (medians hardly notice them).
+
+    The rule: 0.6745 |x - median| / MAD > 3.5 for the logarithms x, MAD being the median of |x - median|. Where more
+    than half of the samples are equal, MAD is 0 and nothing is marked.
+
+    Returns:
+        (N,) bool. Samples that are not above 0 (a scope never entered) are never marked.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    marks = np.zeros(len(values), dtype=bool)
+    positive = values > 0
+    if not positive.any():
+        return marks
+    logs = np.log(values[positive])
+    away = np.abs(logs - np.median(logs))
+    spread = np.median(away)
+    if spread > 0:
+        marks[positive] = _MAD_OF_NORMAL * away / spread > OUTLIER_LIMIT
+    return marks
+
+
+def effective_count(samples: Sequence[float] | np.ndarray, q: float = 0.5) -> float:
+    """How many independent samples are worth as much as this row, for its q-th quantile; at most its length.
+
+    From the autocorrelations of "lies below the quantile", summed in pairs for as long as the pairs are positive
+    (Geyer, 1992, initial positive sequence). Too short a row shows no dependence: it counts as it is.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    return _effective_count(values, _point(np.sort(values), q))
+
+
+def _effective_count(values: np.ndarray, point: float) -> float:
+    count = len(values)
+    if count < _MIN_ROW:
+        return float(count)
+    below = (values <= point).astype(np.float64)
+    below -= below.mean()
+    spectrum = np.fft.rfft(below, 1 << (2 * count - 1).bit_length())
+    products = np.fft.irfft(spectrum.real**2 + spectrum.imag**2)[:count]
+    if products[0] <= 0:
+        return float(count)
+    correlations = products / products[0]
+    pairs = correlations[: count - count % 2].reshape(-1, 2).sum(axis=1)
+    negative = np.flatnonzero(pairs <= 0)
+    total = float(pairs[: negative[0] if len(negative) else None].sum())
+    return count / max(1.0, 2 * total - 1)
+
+
+def _point(ordered: np.ndarray, q: float) -> float:
+    """The q-th quantile of ordered values, linear between neighbours: numpy's default, in a tenth of its time."""
+    place = (len(ordered) - 1) * q
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+@cache
+def _ranks(count: int, q: float) -> tuple[int | None, int | None, float]:
+    """Ranks (from 1) of the order statistics around the q-th quantile of `count` independent samples.
+
+    Each end is missed with a chance of at most (1 - LEVEL) / 2; None where even the extreme is missed more often.
+
+    Returns:
+        low, high, and the chance that the quantile lies between them.
+    """
+    tail = (1 - LEVEL) / 2
+    if count > _MAX_EXACT:
+        spread = NormalDist().inv_cdf(1 - tail) * math.sqrt(count * q * (1 - q))
+        low, high = math.floor(count * q - spread), math.ceil(count * q + spread) + 1
+        return (low if low >= 1 else None), (high if high <= count else None), LEVEL
+    chances = [
+        math.exp(
+            math.lgamma(count + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(count - k + 1)
+            + k * math.log(q)
+            + (count - k) * math.log1p(-q)
+        )
+        for k in range(count + 1)
+    ]
+    up_to = np.cumsum(chances)  # up_to[k]: at most k samples lie below the quantile
+    low = int(np.searchsorted(up_to, tail, side="right"))  # the largest rank with up_to[rank - 1] <= tail
+    high = int(np.searchsorted(up_to, 1 - tail, side="left")) + 1  # the smallest with up_to[rank - 1] >= 1 - tail
+    known_low, known_high = (low if low >= 1 else None), (high if high <= count else None)
+    coverage = (float(up_to[high - 1]) if known_high else 1.0) - (float(up_to[low - 1]) if known_low else 0.0)
+    return known_low, known_high, coverage
+
+
+def _stretch(rank: int, effective: int, count: int, rounding: Callable[[float], int]) -> int:
+    """The index into `count` ordered samples that belongs to a rank of `effective` ones, rounded outwards."""
+    # 8 / 9 * 9 is not 8 in floating point.
+    place = round(rank / (effective + 1) * (count + 1), 9)
+    return min(max(rounding(place), 1), count) - 1

@@ -1,0 +1,484 @@
+"""Every verdict and every exit code, false alarms by simulation, and what holds for any two sets of records."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from compare_records import MACHINE, timed_record, timed_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bench.compare
+from bench.calibration import Floor, Noise, calibrate
+from bench.compare import Comparison, ExitCode, Outcome, Row, compare
+from bench.gates import Gate, Gates
+from bench.measure.latency import measure_latency
+
+AP_ONLY = Gates({"segm/AP": Gate(relative=0.01, absolute=0.005)})
+LATENCY = Gates({"latency_s/total": Gate(relative=0.05, absolute=0.0005)})
+
+
+def floor(noise: float, metric: str = "latency_s/total", degrees: int = 5) -> Noise:
+    scale = "absolute" if metric.startswith(("segm", "bbox")) else "log"
+    entry = Floor.model_validate({"noise": noise, "degrees_of_freedom": degrees, "scale": scale})
+    return Noise({MACHINE: {metric: entry}})
+
+
+def only(comparison: Comparison) -> Row:
+    (row,) = comparison.rows
+    return row
+
+
+def with_value(metric: str, value: float | None, **extra: Any) -> dict[str, Any]:
+    record = timed_record()
+    record["metrics"][metric] |= {"value": value, **extra}
+    return record
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factor", "outcome", "code"),
+    [
+        (1.0, Outcome.SAME, ExitCode.FINE),
+        (1.03, Outcome.SAME, ExitCode.FINE),
+        (1.2, Outcome.WORSE, ExitCode.REGRESSION),
+        (1 / 1.2, Outcome.BETTER, ExitCode.FINE),
+    ],
+)
+def test_latency(factor: float, outcome: Outcome, code: ExitCode) -> None:
+    base = timed_record(spread=0.01, generator=np.random.default_rng(0))
+    head = timed_record(spread=0.01, median_s=0.01 * factor, generator=np.random.default_rng(1))
+    found = compare([base], [head], LATENCY, floor(0.001))
+    assert (only(found).outcome, found.exit_code) == (outcome, code)
+    assert only(found).change == pytest.approx(factor - 1, abs=0.01)
+    assert only(found).reason == "samples, noise floor"
+
+
+def test_a_change_within_the_noise_cannot_be_told_and_says_what_could_have_been() -> None:
+    base, head = (timed_record(median_s=median, spread=0.01) for median in (0.010, 0.0112))
+    found = compare([base], [head], LATENCY, floor(0.10))
+    row = only(found)
+    assert (row.outcome, found.exit_code) == (Outcome.NOISY, ExitCode.INCONCLUSIVE)
+    # 2.571 standard errors of sqrt(2) * 0.1 with 5 degrees of freedom (the samples' share is small): exp(0.36) - 1
+    assert row.smallest == pytest.approx(math.expm1(2.571 * math.sqrt(2) * 0.1), rel=0.05)
+    assert row.low is not None
+    assert row.high is not None
+    assert row.low < 0 < row.high
+
+
+def test_a_run_alone_says_nothing_about_the_next_one() -> None:
+    found = compare([timed_record(median_s=0.01)], [timed_record(median_s=0.02)], LATENCY)
+    assert (only(found).outcome, found.exit_code) == (Outcome.NOISY, ExitCode.INCONCLUSIVE)
+    assert only(found).reason == "one run a side and no noise floor (diffbench calibrate, or noise in the gate)"
+    assert only(found).smallest is None
+
+
+def test_the_gates_own_noise_serves_as_a_floor_and_the_wider_one_counts() -> None:
+    records = [timed_record(median_s=0.010)], [timed_record(median_s=0.012)]
+    told = Gates({"latency_s/*": Gate(relative=0.05, absolute=0.0, noise=0.01)})
+    assert {row.metric: row.outcome for row in compare(*records, told).rows}["latency_s/total"] is Outcome.WORSE
+    row = compare(*records, told, floor(0.2)).rows[0]
+    assert row.outcome is Outcome.NOISY
+
+
+def test_several_runs_stand_in_for_a_floor() -> None:
+    def side(factor: float) -> list[dict[str, Any]]:
+        return [timed_record(seed=seed, median_s=0.010 * factor * (1 + 0.002 * seed)) for seed in range(4)]
+
+    found = compare(side(1.0), side(1.2), LATENCY)
+    assert (only(found).outcome, only(found).reason) == (Outcome.WORSE, "runs")
+    assert only(found).change == pytest.approx(0.2, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "gate", [Gate(relative=0.5, absolute=0.0), Gate(relative=0.0, absolute=0.5)], ids=["relative", "absolute"]
+)
+def test_a_threshold_that_is_not_reached_is_no_regression(gate: Gate) -> None:
+    base, head = timed_record(median_s=0.01), timed_record(median_s=0.013)
+    found = compare([base], [head], Gates({"latency_s/total": gate}), floor(0.001))
+    assert (only(found).outcome, found.exit_code) == (Outcome.SAME, ExitCode.FINE)
+
+
+def test_percentiles_are_compared_from_the_same_samples() -> None:
+    base = timed_record(num_samples=400, spread=0.01, generator=np.random.default_rng(0))
+    head = timed_record(num_samples=400, spread=0.01, median_s=0.013, generator=np.random.default_rng(1))
+    gates = Gates({"latency_s/total/p95": Gate(relative=0.05, absolute=0.0, noise=0.01)})
+    assert only(compare([base], [head], gates)).outcome is Outcome.WORSE
+
+
+def test_a_scope_that_was_entered_on_one_side_only() -> None:
+    row = only(compare([with_value("latency_s/total", 0.0)], [timed_record()], LATENCY, floor(0.01)))
+    assert (row.outcome, row.reason) == (Outcome.NOT_COMPARABLE, "timing scope entered on one side only")
+
+
+def test_counts_are_exact() -> None:
+    gates = Gates({"num_parameters": Gate(relative=0.0, absolute=0.0), "flops": Gate(relative=0.5, absolute=0.0)})
+    base, head = timed_record(), timed_record()
+    head["metrics"]["num_parameters"]["value"] += 1
+    head["metrics"]["flops"]["value"] *= 1.2
+    found = compare([base], [head], gates)
+    assert {row.metric: row.outcome for row in found.rows} == {
+        "num_parameters": Outcome.WORSE,
+        "flops": Outcome.SAME,
+    }
+    assert compare([head], [base], gates).exit_code is ExitCode.FINE
+
+
+def test_memory_needs_a_floor() -> None:
+    gates = Gates({"peak_memory_bytes/rss": Gate(relative=0.05, absolute=2**20)})
+    base, head = timed_record(), with_value("peak_memory_bytes/rss", 800 * 2**20)
+    assert only(compare([base], [head], gates)).outcome is Outcome.NOISY
+    metric = "peak_memory_bytes/rss"
+    assert only(compare([base], [head], gates, floor(0.01, metric))).outcome is Outcome.WORSE
+    assert only(compare([base], [head], gates, floor(0.0, metric))).outcome is Outcome.WORSE
+
+
+# -- AP ----------------------------------------------------------------------------------------------------------------
+
+
+def table(is_right: Any, image_ids: Any = None) -> Any:
+    """One instance and one detection an image, right or wrong at all thresholds."""
+    right = np.asarray(is_right, dtype=bool)
+    count = len(right)
+    return SimpleNamespace(
+        image_ids=np.arange(count) if image_ids is None else np.asarray(image_ids),
+        category_ids=np.array([1]),
+        thresholds=np.linspace(0.5, 0.95, 10),
+        image=np.arange(count, dtype=np.int32),
+        category=np.zeros(count, dtype=np.int32),
+        matched=np.tile(right, (10, 1)),
+        ignored=np.zeros((10, count), dtype=bool),
+        num_instances=np.ones((1, count), dtype=np.int32),
+    )
+
+
+def test_ap_without_any_measure_of_uncertainty_cannot_be_told() -> None:
+    found = compare([timed_record(ap=0.3)], [timed_record(ap=0.2)], AP_ONLY)
+    assert (only(found).outcome, found.exit_code) == (Outcome.NOISY, ExitCode.INCONCLUSIVE)
+    assert only(found).reason == "one run a side, no interval and no noise floor"
+
+
+def test_ap_is_compared_image_by_image_where_match_tables_are_at_hand() -> None:
+    generator = np.random.default_rng(0)
+    good = generator.random(300) < 0.7
+    bad = good & (generator.random(300) < 0.8)
+    tables = {0.30: {"segm": table(good)}, 0.24: {"segm": table(bad)}}
+
+    def read(record: Any) -> Any:
+        return tables[record["metrics"]["segm/AP"]["value"]]
+
+    base, head = timed_record(ap=0.30), timed_record(ap=0.24)
+    found = compare([base], [head], AP_ONLY, read_matches=read, num_resamples=200)
+    assert (only(found).outcome, only(found).reason) == (Outcome.WORSE, "images, paired")
+    assert only(compare([head], [base], AP_ONLY, read_matches=read, num_resamples=200)).outcome is Outcome.BETTER
+    # A floor of the training's own noise comes on top.
+    noisy = compare([base], [head], AP_ONLY, floor(0.05, "segm/AP"), read_matches=read, num_resamples=200)
+    assert (only(noisy).outcome, only(noisy).reason) == (Outcome.NOISY, "images, paired, noise floor")
+
+
+def test_ap_of_other_images_is_never_compared() -> None:
+    tables = iter([{"segm": table([1] * 20)}, {"segm": table([1] * 19)}])
+    found = compare(
+        [timed_record(ap=0.3)], [timed_record(ap=0.3)], AP_ONLY, read_matches=lambda record: next(tables, None)
+    )
+    assert (only(found).outcome, found.exit_code) == (Outcome.NOT_COMPARABLE, ExitCode.NOT_COMPARABLE)
+    assert only(found).reason == "scored on 20 and 19 images, which are not the same ones"
+
+
+def test_a_match_table_of_one_side_only_is_of_no_use() -> None:
+    tables = iter([{"segm": table([1] * 20)}])
+    found = compare(
+        [timed_record(ap=0.3)], [timed_record(ap=0.2)], AP_ONLY, read_matches=lambda record: next(tables, None)
+    )
+    assert only(found).outcome is Outcome.NOISY
+
+
+def test_stored_standard_errors_serve_where_there_are_no_tables() -> None:
+    sure = [with_value("segm/AP", value, standard_error=0.005) for value in (0.30, 0.25)]
+    assert only(compare(sure[:1], sure[1:], AP_ONLY)).outcome is Outcome.WORSE
+    unsure = [with_value("segm/AP", value, standard_error=0.05) for value in (0.30, 0.25)]
+    row = only(compare(unsure[:1], unsure[1:], AP_ONLY))
+    assert (row.outcome, row.reason) == (Outcome.NOISY, "images")
+    assert row.smallest == pytest.approx(1.96 * 0.05 * math.sqrt(2), rel=1e-3)
+
+
+def test_several_seeds_are_paired() -> None:
+    base = [timed_record(seed=seed, ap=0.30 + 0.05 * seed) for seed in range(3)]
+    head = [timed_record(seed=seed, ap=0.27 + 0.05 * seed + 0.001 * seed) for seed in range(3)]
+    row = only(compare(base, head, AP_ONLY))
+    assert (row.outcome, row.reason) == (Outcome.WORSE, "runs")
+    assert row.change == pytest.approx(-0.029)
+    assert row.base == pytest.approx(0.35)
+    assert row.cell == "sampling_steps=1 num_proposals=20"
+
+
+# -- what cannot be judged ---------------------------------------------------------------------------------------------
+
+
+def test_failed_runs_are_neither_better_nor_worse() -> None:
+    failed = timed_record() | {"status": "failed", "reason": "out of memory\ntrace", "metrics": {}}
+    for pair, said in (([timed_record()], [failed]), "head failed"), (([failed], [timed_record()]), "base failed"):
+        found = compare(*pair)
+        assert (only(found).outcome, found.exit_code) == (Outcome.FAILED, ExitCode.FAILED)
+        assert only(found).reason == f"{said}: out of memory"
+
+
+def test_missing_and_extra_cells() -> None:
+    one, two = timed_record(1), timed_record(2)
+    lost, gained = compare([one, two], [one], AP_ONLY), compare([one], [one, two], AP_ONLY)
+    assert [row.outcome for row in lost.rows] == [Outcome.SAME, Outcome.MISSING]
+    assert [row.outcome for row in gained.rows] == [Outcome.SAME, Outcome.EXTRA]
+    assert lost.exit_code == gained.exit_code == ExitCode.MISSING_OR_EXTRA
+    assert lost.rows[1].cell == "sampling_steps=2 num_proposals=20 seed=0"
+
+
+def test_a_seed_that_is_missing_is_a_missing_cell() -> None:
+    found = compare([timed_record(seed=0), timed_record(seed=1)], [timed_record(seed=0)], AP_ONLY)
+    assert [row.outcome for row in found.rows] == [Outcome.MISSING, Outcome.SAME]
+
+
+def test_missing_and_extra_metrics() -> None:
+    unmeasured = with_value("segm/AP", None, reason="no masks")
+    lost = compare([timed_record()], [unmeasured], AP_ONLY)
+    assert (only(lost).outcome, lost.exit_code) == (Outcome.MISSING, ExitCode.MISSING_OR_EXTRA)
+    assert only(lost).reason == "not measured in head: no masks"
+    assert only(compare([unmeasured], [timed_record()], AP_ONLY)).outcome is Outcome.EXTRA
+
+
+def test_nothing_measured_is_never_fine() -> None:
+    assert compare([], []).exit_code is ExitCode.MISSING_OR_EXTRA
+    unmeasured = with_value("segm/AP", None, reason="no masks")
+    assert compare([unmeasured], [unmeasured], AP_ONLY).exit_code is ExitCode.MISSING_OR_EXTRA
+    assert compare([timed_record()], [timed_record()], Gates({})).exit_code is ExitCode.MISSING_OR_EXTRA
+
+
+def test_what_is_required_must_be_there() -> None:
+    unmeasured = with_value("segm/AP", None, reason="no masks")
+    gates = Gates({"*": Gate(relative=0.01, absolute=0.0)}, require=("segm/AP", "latency_s/*"))
+    found = compare([unmeasured], [unmeasured], gates)
+    assert [(row.metric, row.reason) for row in found.rows if row.outcome is not Outcome.SAME] == [
+        ("segm/AP", "required, and measured on neither side")
+    ]
+    assert found.exit_code is ExitCode.MISSING_OR_EXTRA
+
+
+def test_other_conditions_are_refused_by_name() -> None:
+    other = timed_record(median_s=0.02, machine="faster-cpu-8c-ffffff")
+    found = compare([timed_record()], [other], LATENCY, floor(0.01))
+    assert (only(found).outcome, found.exit_code) == (Outcome.NOT_COMPARABLE, ExitCode.NOT_COMPARABLE)
+    assert only(found).reason == f"machine {MACHINE} and faster-cpu-8c-ffffff"
+    # AP does not depend on the machine.
+    assert only(compare([timed_record()], [other], AP_ONLY)).outcome is Outcome.SAME
+
+
+def test_another_number_of_images_is_refused_even_where_ap_is_equal() -> None:
+    assert only(compare([timed_record()], [with_value("num_images", 100)], AP_ONLY)).outcome is Outcome.NOT_COMPARABLE
+
+
+def test_a_unit_or_direction_that_changed_is_refused() -> None:
+    head = with_value("latency_s/total", 10.0, unit="ms")
+    assert only(compare([timed_record()], [head], LATENCY)).reason == "unit or direction differs"
+
+
+def test_what_may_differ_is_noted() -> None:
+    head = timed_record()
+    head["config"]["model"]["num_stages"] = 6
+    assert compare([timed_record()], [head], AP_ONLY).notes == ("model.num_stages 3 and 6",)
+
+
+def test_each_machine_is_compared_with_itself_and_the_latest_record_counts() -> None:
+    fast, slow = (timed_record(machine=name) for name in ("fast", "slow"))
+    old = timed_record(machine="fast", median_s=0.5) | {"started_at": "2020-01-01T00:00:00Z"}
+    found = compare([fast, slow], [slow, old, fast], LATENCY)
+    assert [(row.machine, row.outcome) for row in found.rows] == [("fast", Outcome.SAME), ("slow", Outcome.SAME)]
+    lost = compare([fast, slow], [fast], LATENCY)
+    assert sorted((row.machine, row.outcome) for row in lost.rows) == [
+        ("fast", Outcome.SAME),
+        ("slow", Outcome.MISSING),
+    ]
+
+
+def test_a_regression_is_said_before_anything_else() -> None:
+    slow = [timed_record(1, median_s=0.02), timed_record(3)]
+    base = [timed_record(1), timed_record(2)]
+    found = compare(base, slow, LATENCY, floor(0.01))
+    assert {row.outcome for row in found.rows} == {Outcome.WORSE, Outcome.MISSING, Outcome.EXTRA}
+    assert found.exit_code is ExitCode.REGRESSION
+
+
+def test_precedence_of_exit_codes() -> None:
+    order = [Outcome.WORSE, Outcome.FAILED, Outcome.MISSING, Outcome.NOT_COMPARABLE, Outcome.NOISY, Outcome.BETTER]
+    rows = tuple(Row("s", "c", "m", outcome) for outcome in order)
+    assert [int(Comparison(rows[first:]).exit_code) for first in range(len(rows))] == [1, 4, 3, 5, 6, 0]
+
+
+# -- false alarms and caught regressions -------------------------------------------------------------------------------
+
+
+def test_alarms_of_runs_that_do_not_differ() -> None:
+    """The whole chain: floors from five runs, then pairs of runs that vary by luck alone; four cells each."""
+    generator = np.random.default_rng(0)
+    gates = Gates({"latency_s/total": Gate(relative=0.0, absolute=0.0)})  # the statistical reason alone
+    alarms = 0
+    for _ in range(150):
+        runs = [timed_run(generator) for _ in range(7)]
+        found = compare(runs[5], runs[6], gates, calibrate(runs[:5], "abcde"))
+        alarms += any(row.outcome in (Outcome.WORSE, Outcome.BETTER) for row in found.rows)
+    assert alarms / 150 <= 0.05
+
+
+def test_an_injected_slowdown_is_caught() -> None:
+    generator = np.random.default_rng(1)
+    noise = calibrate([timed_run(generator, between=0.01) for _ in range(5)], "abcde")
+    caught = 0
+    for _ in range(40):
+        base, head = timed_run(generator, between=0.01), timed_run(generator, between=0.01, factor=1.10)
+        caught += compare(base, head, LATENCY, noise).exit_code is ExitCode.REGRESSION
+    assert caught >= 38
+
+
+def test_a_slowdown_is_caught_through_the_measurement() -> None:
+    """measure_latency on a clock that an image moves by 10 ms, and by 11 ms where the slowdown is."""
+
+    def record(image_s: float, seed: int) -> dict[str, Any]:
+        generator, now = np.random.default_rng(seed), [0.0]
+
+        def run_one(index: int, timer: Any) -> None:
+            now[0] += image_s * float(np.exp(0.05 * generator.standard_normal()))
+
+        samples = measure_latency(run_one, 5, device="cpu", min_images=50, min_seconds=0.5, clock=lambda: now[0])
+        found = timed_record()
+        found["samples"] = {"latency_s": {"total": samples["total"]}}
+        found["metrics"]["latency_s/total"]["value"] = float(np.median(samples["total"]))
+        return found
+
+    runs = [[record(0.010, seed)] for seed in range(5)]
+    noise = calibrate(runs, "abcde")
+    assert compare([record(0.010, 5)], [record(0.010, 6)], LATENCY, noise).exit_code in (
+        ExitCode.FINE,
+        ExitCode.INCONCLUSIVE,
+    )
+    assert compare([record(0.010, 5)], [record(0.011, 6)], LATENCY, noise).exit_code is ExitCode.REGRESSION
+
+
+def test_twice_the_time_on_another_machine_is_no_alarm() -> None:
+    generator = np.random.default_rng(2)
+    slow = timed_run(generator, factor=2.0, machine="another")
+    found = compare(timed_run(generator), slow, LATENCY, floor(0.01))
+    assert {row.outcome for row in found.rows} == {Outcome.NOT_COMPARABLE}
+    # Machines of one class, of which some are twice as fast: the floor knows, and without one nothing is said.
+    factors = generator.permutation([1.0, 2.0] * 4)
+    fleet = [timed_run(generator, factor=factor) for factor in factors]
+    noise = calibrate(fleet[:6], "abcdef")
+    for base, head in ((fleet[6], fleet[7]), (timed_run(generator), timed_run(generator, factor=2.0))):
+        for known in (noise, Noise()):
+            outcomes = {row.outcome for row in compare(base, head, LATENCY, known).rows}
+            assert outcomes <= {Outcome.NOISY, Outcome.SAME}
+
+
+def test_many_tests_are_corrected_for() -> None:
+    """One run in a hundred cells lies 2.5 standard errors off: expected, and no alarm; alone it would be one."""
+    gates = Gates({"latency_s/total": Gate(relative=0.0, absolute=0.0, noise=0.02)})
+    base = [timed_record(cell, spread=1e-6) for cell in range(100)]
+    head = [timed_record(cell, spread=1e-6, median_s=0.0109 if cell == 0 else 0.010001) for cell in range(100)]
+    assert only(compare(base[:1], head[:1], gates)).outcome is Outcome.WORSE
+    assert all(row.outcome is not Outcome.WORSE for row in compare(base, head, gates).rows)
+
+
+# -- laws --------------------------------------------------------------------------------------------------------------
+
+MIRROR = {
+    Outcome.WORSE: Outcome.BETTER,
+    Outcome.BETTER: Outcome.WORSE,
+    Outcome.MISSING: Outcome.EXTRA,
+    Outcome.EXTRA: Outcome.MISSING,
+}
+SIDES = st.lists(
+    st.tuples(
+        st.integers(1, 4),
+        st.floats(0.5, 2.0),
+        st.sampled_from([0.2, 0.25, 0.3, None]),
+        st.sampled_from(["ok", "ok", "ok", "failed"]),
+    ),
+    max_size=5,
+    unique_by=lambda cell: cell[0],
+)
+
+
+def side(cells: list[tuple[int, float, float | None, str]]) -> list[dict[str, Any]]:
+    records = []
+    for steps, factor, ap, status in cells:
+        record = timed_record(steps, median_s=0.01 * factor, ap=ap, num_samples=20)
+        if status != "ok":
+            record |= {"status": status, "reason": "killed"}
+        records.append(record)
+    return records
+
+
+@given(SIDES, SIDES, st.floats(0, 0.2), st.floats(0, 0.2), st.floats(0, 0.005))
+def test_swapping_base_and_head_mirrors_the_verdicts(one: Any, two: Any, noise: float, rel: float, low: float) -> None:
+    gates = Gates({name: Gate(relative=rel, absolute=low, noise=noise) for name in ("latency_s/total", "segm/AP")})
+    there, back = compare(side(one), side(two), gates), compare(side(two), side(one), gates)
+
+    def verdicts(comparison: Comparison) -> dict[tuple[str, str], Outcome]:
+        return {(row.cell, row.metric): row.outcome for row in comparison.rows}
+
+    assert verdicts(there) == {key: MIRROR.get(outcome, outcome) for key, outcome in verdicts(back).items()}
+
+
+@given(SIDES, st.floats(0, 0.2))
+def test_a_comparison_with_itself_finds_no_change(cells: Any, noise: float) -> None:
+    records = side(cells)
+    gates = Gates({"*": Gate(relative=0.0, absolute=0.0, noise=noise)})
+    found = compare(records, copy.deepcopy(records), gates)
+    assert {row.outcome for row in found.rows} <= {Outcome.SAME, Outcome.FAILED}
+    if all(record["status"] == "ok" for record in records) and records:
+        assert found.exit_code is ExitCode.FINE
+
+
+@given(SIDES, SIDES, st.randoms())
+def test_the_order_of_records_does_not_matter(one: Any, two: Any, random: Any) -> None:
+    base, head = side(one), side(two)
+    expected = compare(base, head)
+    random.shuffle(base)
+    random.shuffle(head)
+    assert sorted(map(repr, compare(base, head).rows)) == sorted(map(repr, expected.rows))
+
+
+def test_every_gated_metric_of_every_cell_has_one_row() -> None:
+    records = [timed_record(cell) for cell in range(1, 31)]
+    gates = Gates({"latency_s/*": Gate(relative=0.1, absolute=0.0), "*/AP": Gate(relative=0.1, absolute=0.0)})
+    found = compare(records, records, gates)
+    assert len(found.rows) == 30 * (3 + 2)
+    assert found.counts[Outcome.SAME] == len(found.rows)
+
+
+@pytest.mark.parametrize("count", [10, 200])
+def test_the_work_grows_with_the_records_and_no_faster(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record is looked at a fixed number of times; tests/benchmarks has the time of 10,000."""
+    calls = Counter[str]()
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(bench.compare, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments, **settings)
+
+        return call
+
+    for name in ("axes_of", "differences", "log_error", "machine_of"):
+        monkeypatch.setattr(bench.compare, name, counted(name))
+    base, head = ([timed_record(cell, median_s=median, num_samples=10) for cell in range(count)] for median in (1, 2))
+    compare(base, head, LATENCY, floor(0.01))
+    assert (calls["differences"], calls["log_error"]) == (count, 2 * count)
+    assert max(calls.values()) <= 10 * count

@@ -1,0 +1,131 @@
+"""Time of what the harness does to many runs: scoring, planning 10,000 of them, comparing 10,000 records."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compare_records import MACHINE, timed_record
+
+from bench.calibration import Floor, Noise
+from bench.compare import compare
+from bench.compare_cli import read_results
+from bench.plan import build_plan
+from bench.stats.bootstrap import bootstrap
+from bench.suite import load_suite
+from diffinst.evaluation.coco_ap import score_coco
+from diffinst.evaluation.matches import build_matches
+from diffinst.evaluation.predictions import to_coco_results
+from diffinst.ops.rle import encode_masks
+
+pytestmark = pytest.mark.bench
+
+NUM_RECORDS = 10_000
+
+
+def squares(generator: np.random.Generator, count: int, size: int = 64) -> tuple[np.ndarray, list[list[float]]]:
+    """Masks of squares and their boxes (xywh)."""
+    masks, boxes = np.zeros((count, size, size), dtype=bool), []
+    for mask in masks:
+        x, y, side = (int(value) for value in generator.integers(4, size // 2, 3))
+        mask[y : y + side, x : x + side] = True
+        boxes.append([float(x), float(y), float(side), float(side)])
+    return masks, boxes
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ground truth of 100 images with 3 instances each, and 10 detections an image."""
+    generator = np.random.default_rng(0)
+    annotations: list[dict[str, Any]] = []
+    predictions = []
+    for image_id in range(1, 101):
+        masks, boxes = squares(generator, 10)
+        encoded = encode_masks(masks)
+        for box, segmentation in zip(boxes[:3], encoded):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 1 + len(annotations) % 4,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                    "segmentation": segmentation,
+                }
+            )
+        predictions.append(
+            {
+                "image_id": image_id,
+                "category_id": generator.integers(1, 5, 10).tolist(),
+                "score": generator.random(10).tolist(),
+                "bbox": boxes,
+                "segmentation": encoded,
+            }
+        )
+    images = [{"id": number, "height": 64, "width": 64, "file_name": f"{number}.png"} for number in range(1, 101)]
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, 5)]
+    return {"images": images, "annotations": annotations, "categories": categories}, predictions
+
+
+def test_scoring(benchmark: Any, scene: Any) -> None:
+    content, predictions = scene
+    scores = benchmark(lambda: score_coco(copy.copy(content), predictions))
+    assert scores.num_images == 100
+
+
+def test_matching_and_resampling(benchmark: Any, scene: Any) -> None:
+    content, predictions = scene
+    results = to_coco_results(predictions)
+
+    def run() -> Any:
+        matches = build_matches(content, results, range(1, 101), "segm")
+        return bootstrap(matches, num_resamples=200)
+
+    assert benchmark(run)["AP"].count == 100
+
+
+def test_planning_10_000_runs(benchmark: Any, tmp_path: Path) -> None:
+    path = tmp_path / "many.yaml"
+    path.write_text(
+        "name: many\ndata: {dataset: shapes}\naxes:\n  product:\n"
+        f"    num_proposals: {list(range(1, 101))}\n    sampling_steps: {list(range(1, 101))}\n"
+    )
+    plan = benchmark.pedantic(lambda: build_plan(load_suite(path)), rounds=3)
+    assert len(plan.cells) == NUM_RECORDS
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """5,000 records a side, with 60 timings each."""
+    generator = np.random.default_rng(0)
+    base, head = (
+        [timed_record(number, median_s=0.01, generator=generator) for number in range(NUM_RECORDS // 2)]
+        for _ in range(2)
+    )
+    return base, head
+
+
+def test_comparing_10_000_records(benchmark: Any, sides: Any) -> None:
+    floor = Floor(noise=0.02, degrees_of_freedom=4, scale="log")
+    noise = Noise({MACHINE: {"latency_s/total": floor}})
+    found = benchmark.pedantic(compare, (*sides,), {"noise": noise}, rounds=3)
+    assert {row.metric for row in found.rows} >= {"latency_s/total", "segm/AP"}
+    if benchmark.stats is not None:  # it is with --benchmark-disable
+        assert benchmark.stats.stats.min < 5
+
+
+def test_reading_10_000_records(benchmark: Any, sides: Any, tmp_path: Path) -> None:
+    for name, records in zip(("base", "head"), sides):
+        folder = tmp_path / name / "quickstart" / MACHINE
+        folder.mkdir(parents=True)
+        for number, record in enumerate(records):
+            (folder / f"{number}.json").write_text(json.dumps(record))
+    found = benchmark.pedantic(
+        lambda: [read_results(tmp_path / name) for name in ("base", "head")], rounds=1, iterations=1
+    )
+    assert [len(records) for records in found] == [NUM_RECORDS // 2] * 2
