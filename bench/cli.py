@@ -1,7 +1,7 @@
 """run-suite: a suite file in, records, tables and plots out. Parses, calls, prints, returns an exit code.
 
-Exit codes: 0 all is well; 1 a run failed; 2 something the user can put right, before any work or in the data;
-130 interrupted. What runs the plan is loaded only to run it: `--plan` answers at once.
+Exit codes: 0 all is well; 1 a run failed, or cannot be run for want of a file; 2 something the user can put right,
+before any work or in the data; 130 interrupted. What runs the plan is loaded only to run it: `--plan` answers at once.
 """
 
 from __future__ import annotations
@@ -137,9 +137,10 @@ def _run(suite: Suite, plan: Plan, store: Store, data_root: Path | None) -> int:
         width = None if sys.stdout.isatty() else _FILE_WIDTH
         _report(suite, plan, store, outcome.machine, Console(highlight=False, width=width))
     total = len(plan.cells)
-    left = total - len(outcome.ok) - len(outcome.failed)
+    left = total - len(outcome.ok) - len(outcome.failed) - len(outcome.missing)
     counts = [f"{len(outcome.ok)} of {total} runs ok"]
     counts += [f"{len(outcome.failed)} failed"] * bool(outcome.failed)
+    counts += [f"{len(outcome.missing)} missing"] * bool(outcome.missing)
     counts += [f"{left} not finished: the same command goes on"] * bool(left)
     print(f"run-suite: {suite.name}: {', '.join(counts)}", flush=True)
     # Last, where it is seen: what the user can put right.
@@ -195,7 +196,11 @@ def _past_nodes(store: Store) -> list[PastNode]:
 
 
 def _print_plan(suite: Suite, plan: Plan, lines: Sequence[PlanLine]) -> None:
-    rows = [(line.state, line.node.id, line.what, _estimate_text(line), line.why) for line in lines]
+    rows: list[tuple[str, str, str, str, str]] = [
+        (line.state, line.node.id, line.what, _estimate_text(line), line.why) for line in lines
+    ]
+    missing = [cell for cell in plan.cells if cell.missing is not None]
+    rows += [("missing", "-", cell.label, "", str(cell.missing)) for cell in missing]
     headings = ("state", "node", "what", "time", "why")
     if sys.stdout.isatty():
         _print_rich(suite, headings, rows)
@@ -212,6 +217,7 @@ def _print_plan(suite: Suite, plan: Plan, lines: Sequence[PlanLine]) -> None:
         time += f", {unknown} of them unknown"
     parts = [f"{counts['run']} to run ({time})" if counts["run"] else "nothing to run", f"{counts['cached']} cached"]
     parts += [f"{counts['unneeded']} not needed"] * bool(counts["unneeded"])
+    parts += [f"{_count(len(missing), 'cell')} missing"] * bool(missing)
     print(f"{_count(len(plan.cells), 'cell')}, {_count(len(lines), 'node')}: {', '.join(parts)}")
 
 
@@ -221,7 +227,7 @@ def _print_rich(suite: Suite, headings: Sequence[str], rows: Sequence[Sequence[s
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"run": "yellow", "cached": "green", "unneeded": "dim"}
+    colours = {"run": "yellow", "cached": "green", "unneeded": "dim", "missing": "red"}
     title = f"{suite.name}: {suite.description}" if suite.description else suite.name
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for heading in headings:

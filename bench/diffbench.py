@@ -1,27 +1,37 @@
-"""diffbench: tables, plots and data frames out of stored records. Needs neither the model nor the data."""
+"""diffbench: tables, plots, data frames and verdicts out of stored records. Needs neither the model nor the data.
+
+Exit codes: 0 all is well; 1 `verify` found something that is not as it should be; 2 something the user can put right.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bench.compare_cli import calibrate_command, compare_command
 from bench.errors import BenchError, RecordError, SuiteError
 from bench.report.build import (
     FOLDER,
+    REPORTS,
     TABLE_WRITERS,
     Selection,
     build_plots,
     build_tables,
     read_records,
     select,
+    write_files,
     write_plots,
     write_tables,
 )
+from bench.upstream_cli import export_config_command, import_config_command
 from diffinst.errors import DiffInstError
+
+if TYPE_CHECKING:
+    from bench.suite import Suite
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +39,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reports out of the records that run-suite wrote: the same records give the same bytes.",
 )
+app.command("compare")(compare_command)
+app.command("calibrate")(calibrate_command)
+app.command("import-config")(import_config_command)
+app.command("export-config")(export_config_command)
 
 SuiteArgument = Annotated[
     str, typer.Argument(metavar="SUITE", help="a suite file, or a folder of results such as results/quickstart")
@@ -45,6 +59,9 @@ PrintOption = Annotated[
     Literal["terminal", "md", "csv", "tex"] | None,
     typer.Option("--print", help="print this format, exactly as the files have it, and write nothing"),
 ]
+ClaimsOption = Annotated[Path, typer.Option("--claims", metavar="DIR", help="the folder of the claim files")]
+SuitesOption = Annotated[Path, typer.Option("--suites", metavar="DIR", help="the folder of the suites")]
+CLAIMS, SUITES = Path("suites/claims"), Path("suites")
 
 
 @app.command()
@@ -57,12 +74,20 @@ def table(
     machine: MachineOption = None,
     out: OutOption = None,
     print_format: PrintOption = None,
+    claims: ClaimsOption = CLAIMS,
 ) -> None:
-    """Write a suite's tables as Markdown, CSV and LaTeX, and show them."""
+    """Write a suite's tables as Markdown, CSV and LaTeX, and show them; with `claims:` in it, the paper's tables."""
     from rich.console import Console
 
     from bench.report.tables import to_terminal
 
+    if Path(suite).suffix in {".yaml", ".yml"} and not (overrides or only or machine):
+        from bench.suite import load_suite
+
+        loaded = load_suite(Path(suite))
+        if loaded.claims is not None:
+            _paper(loaded, results, claims, out, print_format)
+            return
     report = _Report(suite, results, machine, overrides or [], only, data_root)
     for name, selection in report.selections.items():
         tables = build_tables(selection.records, report.tables)
@@ -119,6 +144,102 @@ def export(
     typer.echo(f"wrote {out}: {len(frame)} records, {len(frame.columns)} columns")
 
 
+@app.command(name="claims")
+def claims_command(
+    suite: Annotated[
+        str | None, typer.Option("--suite", metavar="NAME", help="only the claims that this paper suite is tied to")
+    ] = None,
+    print_format: Annotated[
+        Literal["markdown", "csv"], typer.Option("--format", help="how the ledger is printed")
+    ] = "markdown",
+    write: Annotated[bool, typer.Option("--write", help=f"write it into RESULTS/{REPORTS} instead")] = False,
+    lock: Annotated[bool, typer.Option("--lock", help="accept the claim files as they are, after a review")] = False,
+    results: ResultsOption = Path("results"),
+    claims: ClaimsOption = CLAIMS,
+    suites: SuitesOption = SUITES,
+) -> None:
+    """Print every published number with its source, what was measured, and whether it holds."""
+    from bench.claims import load_claims
+    from bench.ledger import load_paper_suites, make_ledger
+    from bench.report.paper import write_ledger
+
+    if lock:
+        _lock(claims)
+        return
+    found = load_paper_suites(suites / "paper")
+    names = [entry.name for entry in found]
+    if suite is not None and suite not in names:
+        raise BenchError(f"--suite {suite}: no paper suite. Allowed: {', '.join(names)}")
+    rows = make_ledger(load_claims(claims), found, results)
+    if suite is not None:
+        tied = {tie.claim for entry in found if entry.name == suite for tie in entry.claims or ()}
+        rows = [row for row in rows if row.claim.id.partition("@")[0] in tied]
+    if write:
+        if suite is not None:
+            raise BenchError("--write: with all claims only. Leave --suite out")
+        _list(write_files(write_ledger(rows, results / REPORTS), results / REPORTS))
+        return
+    sys.stdout.write(write_ledger(rows, results / REPORTS)["claims.csv" if print_format == "csv" else "claims.md"])
+
+
+@app.command()
+def verify(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="files or folders; default: everything generated")
+    ] = None,
+    results: ResultsOption = Path("results"),
+    claims: ClaimsOption = CLAIMS,
+    suites: SuitesOption = SUITES,
+) -> None:
+    """Make every generated table again out of records and claim files, and the claims' lock; say where they differ."""
+    from bench.verify import verify as compare
+
+    outcome = compare(paths or [], results=results, claims=claims, suites=suites)
+    for mismatch in outcome.mismatches:
+        typer.echo(str(mismatch))
+    files = "file" if outcome.checked == 1 else "files"
+    if outcome.mismatches:
+        count = len(outcome.mismatches)
+        typer.echo(f"diffbench: {count} mismatch{'es' if count > 1 else ''} in {outcome.checked} {files}", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{outcome.checked} {files} as their sources say")
+
+
+def _lock(claims: Path) -> None:
+    from bench.claims import LOCK_NAME, check_lock, lock_text
+
+    text = lock_text(claims)
+    changes = check_lock(claims) if (claims / LOCK_NAME).exists() else []
+    for change in changes:
+        typer.echo(str(change))
+    write_files({LOCK_NAME: text}, claims)
+    typer.echo(f"wrote {claims / LOCK_NAME}: {len(changes)} differences from before")
+
+
+def _paper(suite: Suite, results: Path, claims: Path, out: Path | None, print_format: str | None) -> None:
+    """Write and show the paper's tables with ours beside them."""
+    from rich.console import Console
+
+    from bench.claims import load_claims
+    from bench.ledger import check_ties, find_records
+    from bench.report.paper import layout_table, paper_tables, write_paper
+    from bench.report.tables import to_terminal
+
+    known = load_claims(claims)
+    check_ties(suite, known)
+    folder = out or results / REPORTS / "paper"
+    tables = paper_tables(suite, known, find_records(results, suite.name))
+    files = write_paper(suite, tables, folder)
+    if print_format in TABLE_WRITERS:
+        sys.stdout.write(files[f"{suite.name}.{print_format}"])
+        return
+    console = Console(highlight=False)
+    for built in tables:
+        console.print(to_terminal(layout_table(built, folder)))
+    if print_format is None:
+        _list(write_files(files, folder))
+
+
 class _Report:
     """The records that a command is about, by machine, and the tables and plots that its suite asks for."""
 
@@ -160,7 +281,7 @@ class _Report:
         self.selections = {
             name: chosen
             for name, chosen in selections.items()
-            if any(record["status"] != "missing" for record in chosen.records)
+            if any(record["status"] not in ("missing", "skipped") for record in chosen.records)
         }
         if not self.selections:
             raise RecordError(

@@ -60,5 +60,13 @@ class RecordError(BenchError):
     """A record is missing, malformed, of an unknown version, or would overwrite a different one."""
 
 
+class PeerError(BenchError):
+    """An engine of another interpreter cannot be run as asked: no such interpreter, a package or a file is missing."""
+
+
+class PeerCrash(BenchError):
+    """The process of such an engine ended without a result, or with one that makes no sense."""
+
+
 class StoreError(BenchError):
     """The results folder cannot be used: not writable, or in use by another run."""

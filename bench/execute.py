@@ -32,13 +32,13 @@ from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, machine_env
 from bench.plan import Cell, Node, Plan, needed_nodes
 from bench.record import Metric, NodeRun, RunRecord, metric, scrub
 from bench.store import NodeResult, Store, now_text
-from bench.suite import METRICS
+from bench.suite import metrics_of
 
 WORKER_COMMAND = (sys.executable, "-m", "bench.start")
 
 # Whose process took the measurements of a run: the first of these that the run has.
-_MEASURING = ("latency", "predict", "score", "train", "dataset")
-_SHARED = ("dataset", "train")  # many runs' nodes, each of which has a line of its own
+_MEASURING = ("latency", "predict", "score", "train", "weights", "dataset")
+_SHARED = ("dataset", "train", "weights")  # many runs' nodes, each of which has a line of its own
 _LOG_LINES = 40
 _LOG_CHARACTERS = 6000
 
@@ -62,13 +62,15 @@ class Failure:
 class RunOutcome:
     """What became of a plan's cells.
 
-    ok, failed: run ids as they finished; a cell in neither was not finished because of an interrupt. executed: ids of
-    the nodes run now. records: run id -> record file. failures: node id -> why.
+    ok, failed: run ids as they finished. missing: those of cells that cannot be run here, as the plan says. A cell in
+    none of them was not finished because of an interrupt. executed: ids of the nodes run now. records: run id -> record
+    file. failures: node id -> why.
     """
 
     machine: str
     ok: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     executed: list[str] = field(default_factory=list)
     records: dict[str, Path] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
@@ -76,12 +78,12 @@ class RunOutcome:
 
     @property
     def exit_code(self) -> int:
-        """130 interrupted; 2 something failed on bad input; 1 something failed; 0 all is well."""
+        """130 interrupted; 2 something failed on bad input; 1 something failed or is missing; 0 all is well."""
         if self.interrupted:
             return 130
         if any(failure.category == "user" for failure in self.failures.values()):
             return 2
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.missing else 0
 
 
 def run_plan(
@@ -114,6 +116,7 @@ def run_plan(
         todo = needed_nodes(plan, store.is_done)
         screen = console or Console(stderr=True)
         with Display(screen, len(todo)) as display, _Worker(worker_command, store, interrupts, grace_s) as worker:
+            runner.tell_missing(display)
             runner.write_finished(display, unsettled={node.id for node in todo})
             waiting = {node.id for node in todo}
             for node in todo:
@@ -376,13 +379,20 @@ class _Runner:
             "environment": self._environment,
         }
 
+    def tell_missing(self, display: Display) -> None:
+        """Say which cells cannot be run, and why; they get no record."""
+        for cell in self._plan.cells:
+            if cell.missing is not None:
+                self.outcome.missing.append(cell.run_id)
+                display.line(f"missing {cell.label}: {cell.missing}", "yellow")
+
     def write_finished(self, display: Display, unsettled: set[str]) -> None:
         """Write the records of all runs none of whose nodes is still to be run (in `unsettled`).
 
         Each run is written once; a run with a failed node is recorded as failed.
         """
         for cell in self._plan.cells:
-            if cell.run_id in self._written or unsettled & set(cell.nodes.values()):
+            if cell.missing or cell.run_id in self._written or unsettled & set(cell.nodes.values()):
                 continue
             self._written.add(cell.run_id)
             record, machine = self._record(cell)
@@ -442,7 +452,7 @@ class _Runner:
 def _metrics(cell: Cell, outputs: Sequence[dict[str, Any]], *, failed: bool) -> dict[str, Metric]:
     """All that the nodes measured, and for what else there is to measure the reason why it was not."""
     found = {name: Metric(**value) for part in outputs for name, value in part.get("metrics", {}).items()}
-    for name, setting in METRICS.items():
+    for name, setting in metrics_of(cell.config.get("data", {})).items():
         if name not in found:
             has_node = ("score" if setting == "score" else "latency") in cell.nodes
             found[name] = metric(name, None, "the run failed" if failed and has_node else "not asked for")
@@ -503,8 +513,8 @@ def _reason(ended: _Ended, *, out_of_memory: bool) -> tuple[str, str]:
     """(category, one line) for a node that ended without a result."""
     if ended.error is not None:
         category, kind = ended.error["category"], ended.error["type"]
-        # TrainingError is about what happened, not about what was typed: it fails the run, not the command.
-        return ("crash" if kind == "TrainingError" else category), ended.error["text"]
+        # These are about what happened, not about what was typed: they fail the run, not the command.
+        return ("crash" if kind in ("TrainingError", "PeerCrash") else category), ended.error["text"]
     if ended.code is None:
         return "killed", "the worker process ended" + (": the kernel ran out of memory" if out_of_memory else "")
     if ended.code == -signal.SIGKILL:

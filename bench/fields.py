@@ -192,6 +192,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         return "text"
     if kind in {"integer", "number"}:
         return ("an integer" if kind == "integer" else "a number") + _range_in_words(schema)
+    if kind == "object":
+        return "a mapping from names to plain values or lists of them"
     if kind == "array":
         return f"a list, each {_in_words(schema.get('items', {}))}"
     return "anything"

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.engines import EngineConfig, code_digest, engine_identity, used_fields
 from bench.errors import SuiteError
-from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text
-from diffinst.config import Config, DataConfig, identity
+from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text, is_lvis
+from diffinst.config import SECTIONS, Config, DataConfig, identity
 
-NodeKind = Literal["dataset", "train", "predict", "score", "latency"]
+NodeKind = Literal["dataset", "train", "weights", "predict", "score", "latency"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,16 @@ class Node:
     spec: JSON-able; everything that determines the result, and nothing else (no paths, no host, no worker count).
     options: JSON-able; what may change without changing the result: 'config', the whole resolved configuration with
         paths made absolute (sampler: the suite's own for a data set or a training, the cell's for the rest), and
-        'data_root' and 'device' as given or None.
+        'data_root' and 'device' as given or None; for a peer 'engine', its section with paths made absolute.
 
-    Specs, by kind:
+    Specs, by kind; those of a peer hold 'engine' in place of 'model', and of 'train' and 'sampler' what it looks at:
         dataset: 'dataset', 'splits' (shapes has one node for both), and what identifies them: the parameters of shapes;
-            else 'skip_invalid', digests of image-id lists, and of annotation files for 'custom'.
+            else 'skip_invalid', digests of image-id lists, and for 'custom' of annotation files, and their format.
         train: 'model', 'train', 'data' (training fields). Input: the data set with the training split.
+        weights: in place of a training, where a file has the whole model's weights: 'model', with the file's digest,
+            and 'data' (what says which classes). Input: the data set with the validation split.
         predict: 'sampler', 'data' (test fields), 'model'. Inputs: training, data set with the validation split.
-        score: 'iou_types', 'class_agnostic'. Inputs: predictions, data set.
+        score: 'iou_types', 'class_agnostic'; on LVIS 'protocol'. Inputs: predictions, data set.
         latency: those of predict, 'measure', 'device' ('auto' if not given). Inputs: training, data set. It measures
             memory, parameters and FLOPs too.
     """
@@ -53,6 +56,8 @@ class Cell:
     run_id: 16 hex digits from the node ids and the measurement settings, whatever the device; names the record file.
     label: 'sampling_steps=4 num_proposals=100 seed=0', for people and for `--only`.
     measure: the suite's measurement settings, and 'device' as asked for ('auto' if not).
+    missing: why the cell cannot be run, in one line: a file that it is about is not here. It has no nodes then, and
+        its run id is not the one that it has where the file is.
     """
 
     run_id: str
@@ -61,6 +66,7 @@ class Cell:
     config: dict[str, Any]
     nodes: dict[NodeKind, str]
     measure: dict[str, Any] = field(default_factory=dict)
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,14 @@ class Plan:
 
 
 _SHAPES_FIELDS = ("shapes_train_images", "shapes_val_images", "shapes_image_size", "shapes_seed")
+_CLASS_FIELDS = ("dataset", "class_agnostic", "annotation_format")
 _TEST_FIELDS = ("shortest_edge_test", "longest_edge_test")
 _ID_LIST_FIELDS = {"train": "train_image_ids", "val": "val_image_ids"}
 # What the data set's own node stands for, so that the others need not repeat it.
-_IDENTITY_FIELDS = ("dataset", "skip_invalid", *_SHAPES_FIELDS, *CUSTOM_PATHS, *_ID_LIST_FIELDS.values())
+_IDENTITY_FIELDS = (
+    *("dataset", "skip_invalid", "annotation_format"),
+    *(*_SHAPES_FIELDS, *CUSTOM_PATHS, *_ID_LIST_FIELDS.values()),
+)
 _WEIGHT_NAMES = ("none", "imagenet")
 _MAX_COMPARED = 200  # earlier nodes looked at to say what changed
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -100,7 +110,8 @@ def build_plan(
         device: what runs the model, 'cpu' or 'cuda' for instance; None leaves the choice to the run.
         num_workers: processes that load images, in a training and in its predictions; None keeps the suite's.
     Raises:
-        SuiteError: a file that the suite names is missing, two cells would be the same run, or `only` keeps none.
+        SuiteError: a file that the suite names is missing (but for weights and checkouts, which make a cell `missing`),
+            two cells would be the same run, or `only` keeps none.
     """
     builder = _Builder(suite, data_root, device, num_workers)
     cells = [builder.cell(cell) for cell in suite.cells]
@@ -148,6 +159,10 @@ def _select(cells: Sequence[Cell], only: str) -> list[Cell]:
     return kept
 
 
+class _Absent(Exception):
+    """A file is not here that one has to get: the cell cannot be run, and the others can."""
+
+
 class _Builder:
     """Makes the nodes of cells; equal ones once."""
 
@@ -157,41 +172,59 @@ class _Builder:
         self.measure = suite.measure.model_dump(mode="json")
         # By id() of sections, which the suite keeps alive.
         self.dumps: dict[int, dict[str, Any]] = {}
-        self.trainings: dict[tuple[int, int, int], tuple[str, str]] = {}
-        self.files: dict[tuple[str, str], Path] = {}
+        self.trainings: dict[tuple[int, ...], tuple[NodeKind, str, str]] = {}
+        self.files: dict[tuple[str, str], Path | None] = {}
         self.digests: dict[Path, str] = {}
 
     def cell(self, cell: SuiteCell) -> Cell:
-        config, measure = cell.config, self.suite.measure
-        train, dataset = self._training(config)
-        options = self._options(config)
-        nodes: dict[NodeKind, str] = {"dataset": dataset, "train": train}
-        sections = self._sections(config)
+        resolved = {name: self._dump(section) for name, section in cell.config}
+        if not cell.engine.is_default:
+            resolved["engine"] = self._dump(cell.engine)
+        asked = self.measure | {"device": self.device or "auto"}
+        label, missing = axes_label(cell.axes), None
+        try:
+            run_id, nodes = self._nodes(cell)
+        except _Absent as absent:
+            run_id, nodes, missing = _digest(["missing", label, resolved, self.measure]), {}, str(absent)
+        return Cell(run_id, label, cell.axes, resolved, nodes, asked, missing)
+
+    def _nodes(self, cell: SuiteCell) -> tuple[str, dict[NodeKind, str]]:
+        """The run id and the nodes of a cell."""
+        config, engine, measure = cell.config, cell.engine, self.suite.measure
+        kind, train, dataset = self._training(config, engine)
+        options = self._options(config, engine)
+        nodes: dict[NodeKind, str] = {"dataset": dataset, kind: train}
+        sections = self._sections(config, engine)
         # The training's id covers model and data set; here they make a spec readable and comparable by itself.
         subject = _test_spec(sections)
         test = {name: subject[name] for name in ("sampler", "data")}
         if measure.score:
             nodes["predict"] = self._add("predict", subject, (train, dataset), options)
             iou_types = ["bbox"] if config.model.mask == "none" else ["bbox", "segm"]
-            score_spec = {"iou_types": iou_types, "class_agnostic": config.data.class_agnostic}
+            score_spec: dict[str, Any] = {"iou_types": iou_types, "class_agnostic": config.data.class_agnostic}
+            if is_lvis(self._dump(config.data)):
+                score_spec["protocol"] = "lvis"
             nodes["score"] = self._add("score", score_spec, (nodes["predict"], dataset), options)
         # A cell keeps its run id on every device, so that a report needs the suite alone to find its record.
         run_id = _digest([nodes, test, self.measure])
         if measure.latency or measure.memory or measure.flops:
             latency_spec = subject | _latency_settings(self.measure | {"device": self.device or "auto"})
             nodes["latency"] = self._add("latency", latency_spec, (train, dataset), options)
-        resolved = {name: self._dump(section) for name, section in config}
-        asked = self.measure | {"device": self.device or "auto"}
-        return Cell(run_id, axes_label(cell.axes), cell.axes, resolved, nodes, asked)
+        return run_id, nodes
 
-    def _training(self, config: Config) -> tuple[str, str]:
-        """The nodes of the training and of the data set that holds the validation split; cells share most of them."""
-        key = (id(config.data), id(config.model), id(config.train))
+    def _training(self, config: Config, engine: EngineConfig) -> tuple[NodeKind, str, str]:
+        """Where the weights come from, its node, and that of the data set with the validation split; often shared."""
+        key = (id(config.data), id(config.model), id(config.train), id(engine))
         if key not in self.trainings:
-            options = self._options(config, base_sampler=True)
+            options = self._options(config, engine, base_sampler=True)
             train_data, val_data = self._datasets(config.data, options)
-            spec = _train_spec(self._sections(config))
-            self.trainings[key] = self._add("train", spec, (train_data,), options), val_data
+            sections = self._sections(config, engine)
+            if config.model.weights != "none" or engine.has_weights:
+                node = self._add("weights", _weights_spec(sections), (val_data,), options)
+                self.trainings[key] = "weights", node, val_data
+            else:
+                node = self._add("train", _train_spec(sections), (train_data,), options)
+                self.trainings[key] = "train", node, val_data
         return self.trainings[key]
 
     def _add(self, kind: NodeKind, spec: dict[str, Any], inputs: tuple[str, ...], options: dict[str, Any]) -> str:
@@ -203,25 +236,61 @@ class _Builder:
             self.dumps[id(section)] = section.model_dump(mode="json")
         return self.dumps[id(section)]
 
-    def _sections(self, config: Config) -> dict[str, dict[str, Any]]:
+    def _sections(self, config: Config, engine: EngineConfig) -> dict[str, dict[str, Any]]:
         """What tells cells apart in all sections, with the content of a weights file instead of its path."""
         sections = {name: self._dump(section) for name, section in config}
+        if not engine.is_default:
+            return _identities(sections | {"engine": self._dump(engine)}, self._engine_digests(engine))
         return _identities(sections | {"model": sections["model"] | self._weights(config)})
 
-    def _options(self, config: Config, *, base_sampler: bool = False) -> dict[str, Any]:
+    def _options(self, config: Config, engine: EngineConfig, *, base_sampler: bool = False) -> dict[str, Any]:
         data, model, train = self._dump(config.data), self._dump(config.model), self._dump(config.train)
         paths = {name: str(self._file("data", name, data[name])) for name in _path_fields() if data[name] is not None}
         if model["backbone_weights"] not in _WEIGHT_NAMES:
-            path = self._file("model", "backbone_weights", model["backbone_weights"])
+            path = self._needed("model", "backbone_weights", model["backbone_weights"])
             model = model | {"backbone_weights": str(path)}
+        if model["weights"] != "none":
+            model = model | {"weights": str(self._needed("model", "weights", model["weights"]))}
         if self.num_workers is not None:
             train = train | {"num_workers": self.num_workers}
         sampler = self._dump(self.suite.base.sampler if base_sampler else config.sampler)
-        return {
+        options = {
             "config": {"model": model, "sampler": sampler, "train": train, "data": data | paths},
             "data_root": None if self.data_root is None else str(self.data_root.absolute()),
             "device": self.device,
         }
+        return options if engine.is_default else options | {"engine": self._engine_options(engine)}
+
+    def _engine_options(self, engine: EngineConfig) -> dict[str, Any]:
+        """The section with what it names as absolute paths, as far as it is here."""
+        found = engine.resolved()
+        if engine.has_weights:
+            found["engine_weights"] = str(self._needed("engine", "engine_weights", engine.engine_weights))
+        if engine.checkout is not None:
+            found["checkout"] = str(self._needed("engine", "checkout", engine.checkout))
+        for name in ("python", "recipe"):
+            # An interpreter that is not here is none of the plan's business: its results may be stored.
+            if engine.is_external and found[name] is not None and (path := self._find(name, found[name])) is not None:
+                found[name] = str(path)
+        return found
+
+    def _engine_digests(self, engine: EngineConfig) -> dict[str, str]:
+        """By field, the content of what a peer's section names."""
+        digests = {}
+        if engine.has_weights:
+            path = self._needed("engine", "engine_weights", engine.engine_weights)
+            digests["engine_weights"] = self._file_digest(path)
+        if engine.checkout is not None:
+            folder = self._needed("engine", "checkout", engine.checkout)
+            if engine.recipe is not None and not (folder / engine.recipe).is_file():
+                message = f"'{engine.recipe}' is no file in {folder}. Give a configuration file inside the checkout"
+                raise SuiteError(message, file=self.suite.path, key="engine.recipe")
+            if folder not in self.digests:
+                self.digests[folder] = code_digest(folder)
+            digests["checkout"] = self.digests[folder]
+        elif engine.is_external and engine.recipe is not None and (file := self._find("recipe", engine.recipe)):
+            digests["recipe"] = self._file_digest(file)
+        return digests
 
     def _datasets(self, data: DataConfig, options: dict[str, Any]) -> tuple[str, str]:
         """The nodes that hold the training and the validation split."""
@@ -240,15 +309,20 @@ class _Builder:
             if data.dataset == "custom":
                 name = f"{split}_annotations"
                 spec["annotations"] = self._file_digest(self._file("data", name, getattr(data, name)))
+                if data.annotation_format != "coco":
+                    spec["annotation_format"] = data.annotation_format
             found.append(self._add("dataset", spec, (), options))
         return found[0], found[1]
 
     def _weights(self, config: Config) -> dict[str, Any]:
-        """The content of a weights file instead of its path."""
-        weights = config.model.backbone_weights
-        if weights in _WEIGHT_NAMES:
-            return {}
-        return {"backbone_weights": self._file_digest(self._file("model", "backbone_weights", weights))}
+        """The content of weights files instead of their paths."""
+        found, model = {}, config.model
+        if model.backbone_weights not in _WEIGHT_NAMES:
+            path = self._needed("model", "backbone_weights", model.backbone_weights)
+            found["backbone_weights"] = self._file_digest(path)
+        if model.weights != "none":
+            found["weights"] = self._file_digest(self._needed("model", "weights", model.weights))
+        return found
 
     def _id_list(self, name: str, data: DataConfig) -> str:
         """Digest of the ids in a list, whatever their order; comments and empty lines do not count."""
@@ -275,34 +349,71 @@ class _Builder:
 
     def _file(self, section: str, name: str, text: str) -> Path:
         """What the suite names: an absolute path, or one below the data root, the suite's folder or the current one."""
+        found = self._find(name, text)
+        if found is None:
+            places = ", ".join(str(path) for path in self._candidates(text))
+            message = f"'{text}' does not exist. Tried {places}. Correct it, or give its folder with --data-root"
+            raise SuiteError(message, file=self.suite.path, key=f"{section}.{name}")
+        return found
+
+    def _needed(self, section: str, name: str, text: str) -> Path:
+        """Like `_file`, for what has to be fetched from elsewhere."""
+        found = self._find(name, text)
+        if found is None:
+            where = "the suite's folder or the current one"
+            where = where if self.data_root is None else f"the data root, {where}"
+            raise _Absent(f"{section}.{name}: '{text}' does not exist below {where}")
+        return found
+
+    def _find(self, name: str, text: str) -> Path | None:
         if (name, text) not in self.files:
-            roots = [*([self.data_root] if self.data_root else []), self.suite.path.parent, Path()]
-            tried = list(dict.fromkeys((root / text).absolute() for root in roots))
-            found = next((path for path in tried if path.exists()), None)
-            if found is None:
-                places = ", ".join(str(path) for path in tried)
-                message = f"'{text}' does not exist. Tried {places}. Correct it, or give its folder with --data-root"
-                raise SuiteError(message, file=self.suite.path, key=f"{section}.{name}")
-            self.files[name, text] = found
+            self.files[name, text] = next((path for path in self._candidates(text) if path.exists()), None)
         return self.files[name, text]
 
+    def _candidates(self, text: str) -> list[Path]:
+        roots = [*([self.data_root] if self.data_root else []), self.suite.path.parent, Path()]
+        return list(dict.fromkeys((root / text).absolute() for root in roots))
 
-def _identities(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: identity(name, values) for name, values in sections.items()}
+
+def _identities(
+    config: Mapping[str, Mapping[str, Any]], engine_digests: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Of all sections, what tells results apart.
+
+    Args:
+        config: the sections as JSON, 'engine' among them only for a peer. engine_digests: see `engine_identity`.
+    """
+    sections = {name: identity(name, values) for name, values in config.items() if name in SECTIONS}
+    if "engine" not in config:
+        return sections
+    engine = config["engine"]
+    sections = {name: used_fields(engine["name"], name, values) for name, values in sections.items()}
+    return sections | {"engine": engine_identity(engine, engine_digests)}
+
+
+def _subject(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is measured: our model, or the peer in its place."""
+    name = "engine" if "engine" in sections else "model"
+    return {name: sections[name]}
 
 
 def _train_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     left_out = {*_TEST_FIELDS, *_IDENTITY_FIELDS, *FREE_FIELDS}
     return {
         "data": {name: value for name, value in sections["data"].items() if name not in left_out},
-        "model": sections["model"],
+        **_subject(sections),
         "train": {name: value for name, value in sections["train"].items() if name not in FREE_FIELDS},
     }
 
 
+def _weights_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    data = {name: sections["data"][name] for name in _CLASS_FIELDS if name in sections["data"]}
+    return {"data": data, **_subject(sections)}
+
+
 def _test_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     data = {name: sections["data"][name] for name in ("dataset", *_TEST_FIELDS)}
-    return {"sampler": sections["sampler"], "data": data, "model": sections["model"]}
+    return {"sampler": sections["sampler"], "data": data, **_subject(sections)}
 
 
 def _latency_settings(measure: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,7 +454,7 @@ def past_of_record(
     """
     config = _identities(config)
     name = config["data"]["dataset"]
-    specs = {"train": _train_spec(config), "predict": _test_spec(config), "score": {}}
+    specs = {"train": _train_spec(config), "weights": _weights_spec(config), "predict": _test_spec(config), "score": {}}
     # A record names the node of the validation split; only the embedded set has both splits in one.
     specs["dataset"] = {"dataset": name, "splits": ["train", "val"] if name == "shapes" else ["val"]}
     if measure:
@@ -434,9 +545,14 @@ def _what(node: Node, cells: Sequence[Cell]) -> str:
             counts = f"{data['shapes_train_images']} + {data['shapes_val_images']} images"
             return f"shapes, {counts} of {data['shapes_image_size']} pixels"
         return f"{data['dataset']}, {', '.join(node.spec['splits'])}"
+    engine = node.options.get("engine")
+    name = config["model"]["backbone"] if engine is None else f"{engine['name']} {engine['recipe']}"
+    if node.kind == "weights":
+        file = config["model"]["weights"] if engine is None else engine["engine_weights"]
+        return f"{name} with weights {Path(file).name}, for {data['dataset']}"
     if node.kind == "train":
         size = f"{train['iterations']} iterations of {train['batch_size']} images"
-        return f"{config['model']['backbone']} on {data['dataset']}, {size}, seed {train['seed']}"
+        return f"{name} on {data['dataset']}, {size}, seed {train['seed']}"
     if len(cells) == 1:
         return cells[0].label
     return f"{cells[0].label} and {len(cells) - 1} more" if cells else ""
@@ -489,7 +605,8 @@ def _work(spec: Mapping[str, Any]) -> float:
     if "train" in spec:
         return float(spec["train"]["iterations"])
     if "sampler" in spec and "measure" not in spec:
-        return 300.0 + spec["sampler"]["sampling_steps"] * spec["sampler"]["num_proposals"]
+        sampler = spec["sampler"]
+        return 300.0 + sampler.get("sampling_steps", 0) * sampler.get("num_proposals", 0)
     return 1.0
 
 
@@ -497,9 +614,10 @@ def _likeness(node: Node | PastNode) -> str:
     """What two nodes share for their times to be compared."""
     spec = node.spec
     if node.kind == "train":
-        same = [spec["model"], spec["data"], spec["train"]["batch_size"], spec["train"]["num_train_proposals"]]
+        same = [spec.get(name) for name in ("model", "engine", "data")]
+        same += [spec["train"].get(name) for name in ("batch_size", "num_train_proposals")]
     else:
-        same = [spec.get(name) for name in ("data", "model", "dataset", "splits", "measure", "device")]
+        same = [spec.get(name) for name in ("data", "model", "engine", "dataset", "splits", "measure", "device")]
     if node.kind in ("predict", "score"):  # as many images
         same += [source for source in node.inputs if source.startswith("dataset-")]
     return _CANONICAL.encode([node.kind, *same])

@@ -4,6 +4,7 @@
     description: one line for people
     preset: fixed                   # or released: the bottom layer of all sections (diffinst.config.RELEASED)
     data: {dataset: shapes}         # fields of DataConfig; likewise model, train, sampler
+    engine: diffinst                # or a peer, see bench.engines
     axes:
       product: {sampling_steps: [1, 4], num_proposals: [100, 300]}    # every combination, the first axis slowest
       zip: {backbone: [tiny, resnet50], learning_rate: [3.0e-4, 2.5e-5]}   # row by row; combined with the product
@@ -13,10 +14,12 @@
     measure: {score: true, latency: true, latency_images: 10, latency_seconds: 3.0, memory: true, flops: true}
     tables: [{rows: num_proposals, columns: sampling_steps, metric: segm/AP}, {kind: long, metrics: [segm/AP, flops]}]
     plots: [{x: sampling_steps, y: segm/AP, lines: num_proposals}]
+    claims: [{claim: ID, cell: {sampling_steps: 1}}]                # published numbers of cells, see bench.ties
 
 An axis is a field, bare or with its section (`sampler.eta`); or a whole section, whose values are `fixed`, `released`
-or a mapping of fields (`sampler: [released, {renewal: false}]`); or `preset`. Layers, later ones win: preset, the
-file's section, `--set`, a section's axis, a field's axis. Loads no torch.
+or a mapping of fields (`sampler: [released, {renewal: false}]`); or `preset`; or `engine`, whose values are whole
+engines, each a name or a mapping. Layers, later ones win: preset, the file's section, `--set`, a section's axis, a
+field's axis. Loads no torch.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bench.engines import ENGINES, EXTERNAL, EngineConfig, engine_labels, engine_problem
 from bench.errors import SuiteError, SuiteErrors
 from bench.fields import (
     INVALID,
@@ -41,11 +45,13 @@ from bench.fields import (
     show,
     unknown,
 )
+from bench.ties import ClaimTie, read_ties
 from bench.yaml_source import Item, Place, read_yaml
 from diffinst.config import RELEASED, SECTIONS, Config, Section, section_of
 
 # The names of diffinst.data.catalog, which the harness must not import; a test holds the two together.
-DATASETS = ("shapes", "coco", "coco_mini", "nuclei", "custom")
+DATASETS = ("shapes", "coco", "coco_mini", "nuclei", "lvis", "lvis_v05", "lvis_tiny", "custom")
+LVIS_DATASETS = ("lvis", "lvis_v05", "lvis_tiny")
 CUSTOM_PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 # Fields that never change a result, and so make no axis.
 FREE_FIELDS = ("eval_batch_size", "num_workers", "log_every", "checkpoint_every")
@@ -58,11 +64,14 @@ _FIELD_NAMES = tuple(
     f"{name}.{field_name}" for name, section in SECTIONS.items() for field_name in section.model_fields
 )
 
-_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_COCO_AP_NAMES = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_LVIS_AP_NAMES = ("APr", "APc", "APf")
 _SCOPES = ("total", "preprocess", "backbone", "head", "masks")
-# Metric -> the setting of `measure` that must be on for it.
+_KINDS = ("segm", "bbox")
+# Metric -> the setting of `measure` that must be on for it. Which of them a data set has: `metrics_of`.
 METRICS: dict[str, str] = {
-    **{f"{kind}/{name}": "score" for kind in ("segm", "bbox") for name in _AP_NAMES},
+    **{f"{kind}/{name}": "score" for kind in _KINDS for name in (*_AP_NAMES, *_COCO_AP_NAMES, *_LVIS_AP_NAMES)},
     **{f"latency_s/{scope}{part}": "latency" for scope in _SCOPES for part in ("", "/p5", "/p95")},
     **{f"peak_memory_bytes/{name}": "memory" for name in ("rss", "cuda_allocated", "cuda_reserved")},
     "num_images": "score",
@@ -120,7 +129,7 @@ class _Head(_Part):
     seeds: SeedList = (0,)
 
 
-_KEYS = ("name", "description", "preset", *SECTIONS, "axes", "seeds", "measure", "tables", "plots")
+_KEYS = ("name", "description", "preset", *SECTIONS, "engine", "axes", "seeds", "measure", "tables", "plots", "claims")
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class SuiteCell:
 
     axes: dict[str, Any]
     config: Config
+    engine: EngineConfig = EngineConfig()
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class Suite:
     base: the configuration without any axis. cells: in table order, all distinct in their axes.
     source_text: the file as it was read; overrides: the `--set` arguments on top of it.
     axes_place: where the axes stand, for mistakes that show only in the plan.
+    claims: the published numbers that the cells measure; None where the suite is not about published numbers.
     """
 
     path: Path
@@ -151,6 +162,7 @@ class Suite:
     source_text: str
     overrides: tuple[str, ...] = ()
     axes_place: Place = field(default=Place(None), compare=False)
+    claims: tuple[ClaimTie, ...] | None = None
 
 
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
@@ -192,6 +204,7 @@ class _Choice:
     """One value of an axis.
 
     shown: JSON-able, for tables and labels. presets: section -> preset name. fields: (section, field) -> checked value.
+    engine: for that axis, the engine's checked fields; item: as it was written.
     """
 
     axis: str
@@ -199,12 +212,21 @@ class _Choice:
     place: Place
     presets: dict[str, str] = field(default_factory=dict)
     fields: dict[tuple[str, str], Any] = field(default_factory=dict)
+    engine: dict[str, Any] | None = None
+    item: Item | None = None
 
     @property
     def key(self) -> str:
         """Equal for choices that mean the same."""
+        if self.engine is not None:
+            return _engine_key({name: value for name, value in self.engine.items() if name != "python"})
         fields = {".".join(name): value for name, value in self.fields.items()}
         return json.dumps([self.axis, self.presets, fields], sort_keys=True)
+
+    @property
+    def keys(self) -> set[str]:
+        """What an entry of `exclude` may call it: its key, and for an engine the bare name too."""
+        return {self.key} if self.engine is None else {self.key, _engine_key({"name": self.engine["name"]})}
 
 
 @dataclass
@@ -224,6 +246,12 @@ class _Reader:
         self.head: dict[str, Any] = {}
         self.sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         self.measure_fields: dict[str, Any] = {}
+        self.engine_fields: dict[str, Any] = {}
+        self.engine_item = Item(None, root.place)
+        self.engine_python: str | None = None  # of --set: for all engines that take one
+        self.engine = EngineConfig()
+        self.engine_label: str = self.engine.name
+        self.engines: dict[str, EngineConfig] = {}
         self.axes = _Axes()
         self.places: dict[str, Place] = {}  # dotted field name -> where its value was written
         self.built: dict[tuple[str, str], Section | None] = {}
@@ -239,6 +267,7 @@ class _Reader:
         self._read_sections()
         self._read_axes()
         self._apply_overrides()
+        self._finish_engines()
         self._check_dataset_names()
         measure = Measure(**self.measure_fields)
         if not (measure.score or measure.latency or measure.memory or measure.flops):
@@ -248,6 +277,8 @@ class _Reader:
         tables, plots = self._read_reports(measure)
         # Cells are built from valid parts only: a broken part would give mistakes that are none.
         cells = list(self._cells()) if not self.problems else []
+        axes, must_fit = [cell.axes for cell in cells], bool(cells) and not self.overrides
+        claims = read_ties(self.root.value.get("claims"), axes, self.problems, must_fit=must_fit)
         if self.problems or not cells:
             raise SuiteErrors(sorted(self.problems, key=lambda error: (error.line or 10**9, error.column or 0)))
         return Suite(
@@ -262,6 +293,7 @@ class _Reader:
             source_text=self.text,
             overrides=self.overrides,
             axes_place=self._place_of("axes"),
+            claims=claims,
         )
 
     # -- small helpers ------------------------------------------------------------------------------------------------
@@ -311,6 +343,9 @@ class _Reader:
             self.sections[name] = check_mapping(model, item, name, self.problems, elsewhere=_FIELD_NAMES)
             if isinstance(item.value, dict):
                 self.places.update({f"{name}.{key}": child.place for key, child in item.value.items()})
+        if "engine" in self.root.value:
+            self.engine_item = self.root.value["engine"]
+            self.engine_fields = self._read_engine(self.engine_item, "engine") or {}
         measure = self.root.value.get("measure")
         if measure is not None:
             self.measure_fields = check_mapping(Measure, measure, "measure", self.problems)
@@ -403,8 +438,10 @@ class _Reader:
         """The axis's own name ('eta' for 'sampler.eta'), or None for one that is none (noted)."""
         axis = self._axis(name)
         if axis is None:
-            near = did_you_mean(name, [*_bare_names(), *_FIELD_NAMES, *SECTIONS])
-            allowed = "a field of model, sampler, train or data, one of these sections, or preset"
+            near = did_you_mean(name, [*_bare_names(), *_FIELD_NAMES, *SECTIONS, "engine"])
+            allowed = "a field of model, sampler, train or data, one of these sections, preset, or engine"
+            if name.startswith("engine."):
+                near = " An axis takes whole engines: 'engine: [{name: ..., recipe: ...}]'"
             self._note(place, path, f"unknown field. Allowed: {allowed}.{near}")
         elif axis in FREE_FIELDS:
             self._note(place, path, f"no axis: {axis} never changes a result. Set it in its section")
@@ -412,7 +449,7 @@ class _Reader:
         return axis
 
     def _axis(self, name: str) -> str | None:
-        if name == "preset" or name in SECTIONS or section_of(name):
+        if name in ("preset", "engine") or name in SECTIONS or section_of(name):
             return name
         return name.partition(".")[2] if name in _FIELD_NAMES else None
 
@@ -422,6 +459,11 @@ class _Reader:
             return (
                 None if value is INVALID else _Choice(axis, value, item.place, presets=dict.fromkeys(SECTIONS, value))
             )
+        if axis == "engine":
+            engine = self._read_engine(item, key)
+            if engine is None:
+                return None
+            return _Choice(axis, engine["name"], item.place, engine=engine, item=item)
         if axis in SECTIONS:
             return self._read_section_choice(axis, item, key)
         section = section_of(axis)
@@ -448,6 +490,58 @@ class _Reader:
             return None
         shown = ",".join(f"{name}={axis_value_text(_jsonable(value))}" for name, value in found.items())
         return _Choice(section, shown, item.place, fields={(section, name): value for name, value in found.items()})
+
+    def _read_engine(self, item: Item, key: str) -> dict[str, Any] | None:
+        """The valid fields of an engine, its name among them; None where one is refused (noted)."""
+        if isinstance(item.value, str):
+            name = check_value(EngineConfig, "name", item, key, self.problems)
+            return None if name is INVALID else {"name": name}
+        if not isinstance(item.value, dict):
+            allowed = f"{', '.join(ENGINES)}, or a mapping of {', '.join(EngineConfig.model_fields)}"
+            self._note(item.place, key, f"{show(item.plain())} is not allowed. Allowed: {allowed}")
+            return None
+        known = len(self.problems)
+        found = check_mapping(EngineConfig, item, key, self.problems, elsewhere=_FIELD_NAMES)
+        return {"name": "diffinst", **found} if len(self.problems) == known else None
+
+    def _finish_engines(self) -> None:
+        """Build the engines, when it is known which interpreter they are given, and name those of the axis."""
+        python = self.engine_python or self.engine_fields.get("python")
+        choices = [choice for choice in self._all_choices() if choice.axis == "engine"]
+        if choices and "python" in self.engine_fields and self.engine_fields["name"] not in EXTERNAL:
+            del self.engine_fields["python"]  # meant for the engines of the axis
+        fields = [self.engine_fields, *(choice.engine for choice in choices if choice.engine is not None)]
+        for values in fields:
+            if python is not None and values.get("name") in EXTERNAL:
+                values["python"] = self.engine_python or values.get("python", python)
+        if self.engine_python is not None and not any(values.get("name") in EXTERNAL for values in fields):
+            place = Place(None, argument=f"--set engine.python={self.engine_python}")
+            self._note(place, "", f"no engine of this suite takes it. Allowed for: {', '.join(EXTERNAL)}")
+        base = self._build_engine(self.engine_fields, self.engine_item, "engine")
+        self.engine = base or EngineConfig()
+        built = {id(choice): self._build_engine(choice.engine or {}, choice.item, "axes.engine") for choice in choices}
+        engines = [self.engine, *(engine for engine in built.values() if engine is not None)]
+        labels = dict(zip(map(id, engines), engine_labels(engines)))
+        self.engine_label = labels[id(self.engine)]
+
+        def named(choice: _Choice) -> _Choice:
+            engine = built.get(id(choice))
+            return choice if engine is None else replace(choice, shown=labels[id(engine)])
+
+        for axes in (self.axes.product, self.axes.zip):
+            axes.update({name: [named(choice) for choice in values] for name, values in axes.items()})
+        self.axes.include = [[named(choice) for choice in values] for values in self.axes.include]
+
+    def _build_engine(self, fields: dict[str, Any], item: Item | None, key: str) -> EngineConfig | None:
+        given = [name for name, value in fields.items() if value != EngineConfig.model_fields[name].default]
+        problem = engine_problem(fields.get("name", "diffinst"), given, fields.get("recipe"))
+        if problem is None:
+            return EngineConfig(**fields)
+        assert item is not None
+        inside = item.value.get(problem[0]) if isinstance(item.value, dict) else None
+        key = f"{key}.{problem[0]}" if inside and problem[0] != "name" else key
+        self._note((inside or item).place, key, problem[1])
+        return None
 
     def _read_assignment(self, item: Item, key: str, only: list[str] | None = None) -> list[_Choice]:
         """One mapping from axis to value, of include or exclude; `only`: the axes that may be named."""
@@ -498,6 +592,8 @@ class _Reader:
             first, rest = "measure", key
         if key in _Head.model_fields and key != "name":
             self._set_head(key, item)
+        elif first == "engine":
+            self._override_engine(rest, item, place)
         elif first == "measure" and rest:
             nested = Item({rest: item}, place, {rest: place})
             self.measure_fields |= check_mapping(Measure, nested, "measure", self.problems)
@@ -507,6 +603,30 @@ class _Reader:
             self._note(place, key, f"unknown key. Allowed: {allowed}.{did_you_mean(key, [*names, 'preset', 'seeds'])}")
         else:
             self._override_field(self._axis(key) or key, item, place)
+
+    def _override_engine(self, name: str, item: Item, place: Place) -> None:
+        """`engine=...` or `engine.NAME=...`; the interpreter may be given for the engines of an axis as well."""
+        if name and name not in EngineConfig.model_fields:
+            self._note(place, "", unknown(name, EngineConfig.model_fields))
+            return
+        if not name and "engine" in self.axes.product:
+            values = item if isinstance(item.value, list) else Item([item], place)
+            self.axes.product.update(self._read_choices(Item({"engine": values}, place, {"engine": place}), "axes"))
+            self.axes.was_overridden = True
+            return
+        varied = next((choice for choice in self._all_choices() if choice.axis == "engine"), None)
+        if varied is not None and name != "python":
+            where = f"{varied.place.file}:{varied.place.line}"
+            self._note(place, "", f"engine is varied at {where}. Choose cells with --only, or change the suite")
+        elif not name:
+            self.engine_item, self.engine_fields = item, self._read_engine(item, "engine") or {}
+        else:
+            value = check_value(EngineConfig, name, item, f"engine.{name}", self.problems)
+            if name == "python":
+                self.engine_python = None if value is INVALID else value
+            elif value is not INVALID:
+                self.engine_fields = {"name": "diffinst", **self.engine_fields, name: value}
+                self.engine_item = Item(None, place)
 
     def _override_field(self, name: str, item: Item, place: Place) -> None:
         section = section_of(name)
@@ -553,7 +673,9 @@ class _Reader:
                 axes = {name: shown[name] if name in shown else self._base_value(name, config) for name in names}
                 axes.pop("seed", None)
                 axes["seed"] = config.train.seed
-                cell = SuiteCell(axes, config)
+                engine = self._engine(choices)
+                self._check_together(engine, config, choices)
+                cell = SuiteCell(axes, config, engine)
                 label = json.dumps(axes)
                 if label in taken:
                     place = choices[0].place if choices else self._place_of("axes")
@@ -585,7 +707,7 @@ class _Reader:
             for combination, row in itertools.product(itertools.product(*self.axes.product.values()), rows):
                 choices = [*combination, *row]
                 excluded = False
-                present = {choice.key for choice in choices} if self.axes.exclude else set()
+                present = {key for choice in choices for key in choice.keys} if self.axes.exclude else set()
                 for i, wanted in enumerate(excludes):
                     if wanted <= present:
                         used[i] = excluded = True
@@ -601,7 +723,27 @@ class _Reader:
         section = section_of(axis)
         if section is not None:
             return _jsonable(getattr(getattr(config, section), axis))
+        if axis == "engine":
+            return self.engine_label
         return self.head["preset"] if axis == "preset" else "base"
+
+    def _engine(self, choices: Sequence[_Choice]) -> EngineConfig:
+        chosen = [choice.engine for choice in choices if choice.engine is not None]
+        if not chosen:
+            return self.engine
+        # One object for all cells of an engine, like their sections.
+        return self.engines.setdefault(_engine_key(chosen[-1]), EngineConfig(**chosen[-1]))
+
+    def _check_together(self, engine: EngineConfig, config: Config, choices: Sequence[_Choice]) -> None:
+        """Settings that an engine cannot follow, noted once each."""
+        blamed = [choice for choice in choices if choice.axis == "engine"]
+        messages = []
+        if not engine.is_default and config.model.weights != "none":
+            messages.append(f"model.weights is for engine diffinst, not {engine.name}. Use engine_weights")
+        for message in messages:
+            if ("", message) not in self.built:
+                self.built["", message] = None
+                self._note_values(message, blamed, self._place_of("engine"), "engine")
 
     def _config(self, choices: Sequence[_Choice], seed: int | None = None) -> Config | None:
         """The resolved configuration of a cell, or None if its values do not go together (noted once)."""
@@ -694,6 +836,18 @@ class _Reader:
             plots.append(PlotSpec(**found))
         return tuple(tables), tuple(plots)
 
+    def _known_metrics(self) -> set[str]:
+        """What is measured on any of the suite's data sets."""
+        base, choices = self.sections["data"], [choice.fields for choice in self._all_choices()]
+        datasets = {base.get("dataset", "shapes"), *(fields.get(("data", "dataset")) for fields in choices)}
+        formats = {base.get("annotation_format"), *(fields.get(("data", "annotation_format")) for fields in choices)}
+        return {
+            name
+            for dataset in datasets - {None}
+            for form in formats
+            for name in metrics_of({"dataset": dataset, "annotation_format": form})
+        }
+
     def _complete(self, model: type[BaseModel], item: Item, key: str, required: Sequence[str]) -> dict[str, Any] | None:
         known = len(self.problems)
         if item.value is None:
@@ -732,6 +886,22 @@ class _Reader:
                     self._note(
                         entry.place, path, f"{value} is not measured. Set measure.{setting} true, or take it out"
                     )
+                elif value in METRICS and value not in self._known_metrics():
+                    others = "COCO" if value.rpartition("/")[2] in _COCO_AP_NAMES else "LVIS"
+                    self._note(
+                        entry.place, path, f"{value} is measured on {others} annotations only. Take it out of the suite"
+                    )
+
+
+def is_lvis(data: Mapping[str, Any]) -> bool:
+    """Whether the fields of a data section mean LVIS annotations, which are scored in a way of their own."""
+    return data.get("dataset") in LVIS_DATASETS or data.get("annotation_format") == "lvis"
+
+
+def metrics_of(data: Mapping[str, Any]) -> dict[str, str]:
+    """The entries of `METRICS` that exist on a data set: recall is COCO's, precision by frequency is LVIS's."""
+    missing = {f"{kind}/{name}" for kind in _KINDS for name in (_COCO_AP_NAMES if is_lvis(data) else _LVIS_AP_NAMES)}
+    return {name: setting for name, setting in METRICS.items() if name not in missing}
 
 
 def axis_value_text(value: Any) -> str:
@@ -746,6 +916,10 @@ def axis_value_text(value: Any) -> str:
 def axes_label(axes: Mapping[str, Any]) -> str:
     """'sampling_steps=4 num_proposals=100 seed=0'."""
     return " ".join(f"{name}={axis_value_text(value)}" for name, value in axes.items())
+
+
+def _engine_key(fields: Mapping[str, Any]) -> str:
+    return json.dumps(["engine", fields], sort_keys=True)
 
 
 def _bare_names() -> list[str]:
@@ -783,4 +957,8 @@ def _data_problem(data: Mapping[str, Any]) -> str | None:
         return f"dataset custom needs {', '.join(missing)} too"
     if data["dataset"] != "custom" and given:
         return f"{', '.join(given)}: only with dataset: custom, but the dataset is {data['dataset']}"
+    if data["dataset"] != "custom" and data["annotation_format"] != "coco":
+        return f"annotation_format: only with dataset: custom, but the dataset is {data['dataset']}"
+    if data["class_agnostic"] and is_lvis(data):
+        return "class_agnostic: not on LVIS, whose images are annotated for some of the classes only"
     return None

@@ -6,6 +6,7 @@ Everything is imported at the top on purpose: once, before the first fork, and n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -14,9 +15,12 @@ from typing import Any
 
 import torch
 
+from bench import external, torchvision_engine
+from bench.detectors import Detector, our_detector, torchvision_detector
+from bench.engines import EXTERNAL
 from bench.measure.environment import process_environment
 from bench.measure.flops import count_flops, count_parameters
-from bench.measure.latency import Timer, measure_latency, summarise_latency
+from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
 from bench.measure.memory import peak_memory_bytes, reset_peak
 from bench.record import metric
 from bench.server import Input, Job, serve
@@ -25,12 +29,11 @@ from diffinst.checkpoint import load_checkpoint, load_model_weights
 from diffinst.config import Config
 from diffinst.data import catalog
 from diffinst.data.coco import CocoDataset, open_dataset
-from diffinst.engine.evaluate import predict_split
-from diffinst.engine.inference import detect
+from diffinst.engine.evaluate import write_predictions
 from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, train
 from diffinst.errors import ConfigError, DataError
-from diffinst.evaluation.coco_ap import METRIC_NAMES, score_coco
 from diffinst.evaluation.predictions import iter_predictions
+from diffinst.evaluation.scoring import metric_names, score_split
 from diffinst.model import DiffusionInst
 
 PREDICTIONS_FOLDER = "predictions"
@@ -67,13 +70,21 @@ def run_train(job: Job) -> dict[str, Any]:
             f"model.num_classes is {asked}, but {dataset.annotations_path} lists {dataset.num_classes} categories. "
             "Leave it out, and it is taken from the data set"
         )
-    model_config = config.model.model_copy(update={"num_classes": dataset.num_classes})
-    model = seeded_model(model_config, config.train.seed)
+    engine = job.node.options.get("engine")
+    if engine is not None and engine["name"] in EXTERNAL:
+        return _train_external(job, dataset, device)
+    model: torch.nn.Module
+    if engine is not None:
+        network = torchvision_engine.build_network(engine["recipe"], dataset.num_classes, config.train.seed)
+        model, losses = network, torchvision_engine.network_losses(network)
+    else:
+        model_config = config.model.model_copy(update={"num_classes": dataset.num_classes})
+        model, losses = seeded_model(model_config, config.train.seed), None
 
     def show(state: TrainProgress) -> None:
         job.progress(state.iteration, state.iterations, f"loss {state.total:.3f}")
 
-    path = train(model, dataset, config, job.folder, device=device, progress=show, stop=job.stop)
+    path = train(model, dataset, config, job.folder, losses=losses, device=device, progress=show, stop=job.stop)
     if job.stop():
         return {}
     job.files.append(path)
@@ -82,19 +93,34 @@ def run_train(job: Job) -> dict[str, Any]:
     return {"last_losses": json.loads(last)["losses"], "num_parameters": count_parameters(model)}
 
 
+def run_weights(job: Job) -> dict[str, Any]:
+    """Check the weights file against the model that is to have them, in place of a training."""
+    device = _device(job)
+    job.describe_process(process_environment(device))
+    dataset = _val_dataset(job)
+    engine = job.node.options.get("engine")
+    if engine is not None and engine["name"] in EXTERNAL:
+        # Its format is the engine's own business: the first prediction tells.
+        return {"num_bytes": Path(engine["engine_weights"]).stat().st_size}
+    return {"num_parameters": count_parameters(_detector(job, dataset, "cpu").module)}
+
+
 def run_predict(job: Job) -> dict[str, Any]:
     """Predict the validation split, going on after the shards that are there."""
     config, device = _config(job), _device(job)
     job.describe_process(process_environment(device))
-    dataset, model = _dataset_and_model(job, device)
-    done = predict_split(
-        model,
+    dataset = _val_dataset(job)
+    if _is_external(job):
+        return _predict_external(job, dataset, device)
+    detector = _detector(job, dataset, device)
+    done = write_predictions(
+        lambda samples: detector.detect(samples, _untimed),
         dataset,
-        config.sampler,
         job.folder / PREDICTIONS_FOLDER,
-        batch_size=config.data.eval_batch_size,
+        batch_size=config.data.eval_batch_size if detector.resized else 1,
+        size_divisor=detector.size_divisor,
+        resized=detector.resized,
         num_workers=config.train.num_workers,
-        device=device,
         progress=lambda done, total: job.progress(done, total, "images"),
         stop=job.stop,
     )
@@ -107,17 +133,17 @@ def run_score(job: Job) -> dict[str, Any]:
     config = _config(job)
     paths = catalog.resolve(config.data, "val", _data_root(job, job.inputs["dataset"].folder))
     asked = tuple(job.node.spec["iou_types"])
-    scores = score_coco(
+    scores = score_split(
+        config.data,
         paths.annotations,
         iter_predictions(job.inputs["predict"].folder / PREDICTIONS_FOLDER),
         iou_types=asked,
-        class_agnostic=job.node.spec["class_agnostic"],
         image_ids=paths.image_ids,
-        skip_invalid=config.data.skip_invalid,
     )
     no_masks = "the model predicts boxes only"
     metrics = {
-        name: metric(name, scores.metrics.get(name), scores.reasons.get(name, no_masks)) for name in METRIC_NAMES
+        name: metric(name, scores.metrics.get(name), scores.reasons.get(name, no_masks))
+        for name in metric_names(config.data)
     }
     metrics |= {
         "num_images": metric("num_images", scores.num_images),
@@ -131,15 +157,18 @@ def run_score(job: Job) -> dict[str, Any]:
 
 def run_latency(job: Job) -> dict[str, Any]:
     """Time single images, decoded beforehand, and take this process's peak memory; count operations and parameters."""
-    config, device, asked = _config(job), _device(job), job.node.spec["measure"]
+    device, asked = _device(job), job.node.spec["measure"]
     job.describe_process(process_environment(device))
-    dataset, model = _dataset_and_model(job, device)
-    samples = [dataset.test_sample(index) for index in range(min(len(dataset), _MAX_LOADED_IMAGES))]
+    dataset = _val_dataset(job)
+    if _is_external(job):
+        result = _run_external(job, "latency", dataset, device, measure=asked)
+        return external.latency_outputs(job.node.options["engine"]["name"], result, asked) if result else {}
+    detector = _detector(job, dataset, device)
+    load = dataset.test_sample if detector.resized else dataset.original_sample
+    samples = [load(index) for index in range(min(len(dataset), _MAX_LOADED_IMAGES))]
 
     def run_one(index: int, timer: Timer) -> None:
-        with timer("preprocess"):
-            batch = model.make_batch([samples[index]])
-        detect(model, batch, config.sampler, timer=timer)
+        detector.detect([samples[index]], timer)
 
     reset_peak(device)
     timed = measure_latency(
@@ -154,18 +183,68 @@ def run_latency(job: Job) -> dict[str, Any]:
     peaks = peak_memory_bytes(device)
     found: dict[str, float | None] = {}
     outputs: dict[str, Any] = {}
+    timed = {scope: values for scope, values in timed.items() if scope in (*detector.scopes, TOTAL)}
+    untimed = external.untimed_metrics(timed, "the engine does not time it apart") if asked["latency"] else {}
     if asked["latency"] and not job.stop():
         found |= summarise_latency(timed)
         outputs["samples"] = {"latency_s": timed}
     if asked["memory"]:
         found |= {f"peak_memory_bytes/{name}": value for name, value in peaks.items()}
     if asked["flops"]:
-        batch = model.make_batch(samples[:1])
-        found["flops"] = count_flops(lambda: detect(model, batch, config.sampler))
-        found["num_parameters"] = count_parameters(model)
+        found["flops"] = count_flops(lambda: run_one(0, ScopeTimer(device)))
+        found["num_parameters"] = count_parameters(detector.module)
     reason = f"measured on {torch.device(device).type}, not on a CUDA device"
-    outputs["metrics"] = {name: metric(name, value, reason).model_dump() for name, value in found.items()}
+    metrics = {name: metric(name, value, reason) for name, value in found.items()} | untimed
+    outputs["metrics"] = {name: value.model_dump() for name, value in metrics.items()}
     return outputs
+
+
+def _untimed(scope: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001 - a timer is told the scope
+    return contextlib.nullcontext()
+
+
+def _is_external(job: Job) -> bool:
+    return job.node.options.get("engine", {}).get("name") in EXTERNAL
+
+
+def _run_external(
+    job: Job, kind: str, dataset: CocoDataset, device: str, *, measure: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Run a job in the engine's own interpreter; empty if it was stopped."""
+    content = external.make_job(
+        kind,
+        job.node.options,
+        dataset,
+        job.folder,
+        device=device,
+        threads=torch.get_num_threads(),
+        measure=measure,
+        weights=job.inputs["train"].folder / external.WEIGHTS_NAME if "train" in job.inputs else None,
+    )
+    result = external.run_peer(content, progress=job.progress, stop=job.stop)
+    if "environment" in result:
+        job.describe_process({"device": device, "engine": content["engine"]["name"], **result["environment"]})
+    return result
+
+
+def _train_external(job: Job, dataset: CocoDataset, device: str) -> dict[str, Any]:
+    result = _run_external(job, "train", dataset, device)
+    if not result:
+        return {}
+    job.files += [job.folder / external.WEIGHTS_NAME, job.folder / external.LOSSES_NAME]
+    return {name: result[name] for name in ("last_losses", "num_parameters")}
+
+
+def _predict_external(job: Job, dataset: CocoDataset, device: str) -> dict[str, Any]:
+    folder = job.folder / PREDICTIONS_FOLDER
+    if not _run_external(job, "predict", dataset, device):
+        return {}
+    results = job.folder / external.RESULTS_NAME
+    name = job.node.options["engine"]["name"]
+    done = external.write_shards(name, results, dataset, dataset.file_sizes(), folder)
+    results.unlink()
+    job.files += sorted(folder.glob("*.jsonl"))
+    return {"num_images": done}
 
 
 def _config(job: Job) -> Config:
@@ -196,22 +275,62 @@ def _data_root(job: Job, generated: Path) -> Path | None:
     return None if root is None else Path(root)
 
 
-def _dataset_and_model(job: Job, device: str) -> tuple[CocoDataset, DiffusionInst]:
-    dataset = open_dataset(_config(job).data, "val", _data_root(job, job.inputs["dataset"].folder))
-    model, class_names = _trained_model(job.inputs["train"])
+def _val_dataset(job: Job) -> CocoDataset:
+    return open_dataset(_config(job).data, "val", _data_root(job, job.inputs["dataset"].folder))
+
+
+def _detector(job: Job, dataset: CocoDataset, device: str) -> Detector:
+    """What was trained, or what a file of weights makes of the model, for the classes of a data set."""
+    config, engine = _config(job), job.node.options.get("engine")
+    if engine is not None:
+        network = torchvision_engine.build_network(engine["recipe"], dataset.num_classes, config.train.seed)
+        if "train" in job.inputs:
+            checkpoint = load_checkpoint(job.inputs["train"].folder / FINAL_NAME)
+            _check_classes(dataset, checkpoint.class_names)
+            load_model_weights(network, checkpoint)
+        else:
+            torchvision_engine.load_weights(network, Path(engine["engine_weights"]), dataset.category_ids)
+        return torchvision_detector(network.to(device), config.sampler)
+    use_ema = config.sampler.use_ema
+    if "train" in job.inputs:
+        model, class_names = _trained_model(job.inputs["train"], use_ema=use_ema)
+    else:
+        model, class_names = _given_model(config, dataset, use_ema=use_ema)
+    _check_classes(dataset, class_names)
+    return our_detector(model.to(device), config.sampler)
+
+
+def _check_classes(dataset: CocoDataset, class_names: tuple[str, ...]) -> None:
     if class_names != dataset.class_names:
         raise DataError(
             f"{dataset.annotations_path}: lists {len(dataset.class_names)} categories that are not the "
             f"{len(class_names)} the model was trained on. Both splits need the same ones"
         )
-    return dataset, model.to(device).eval()
 
 
-def _trained_model(source: Input) -> tuple[DiffusionInst, tuple[str, ...]]:
+def _given_model(config: Config, dataset: CocoDataset, *, use_ema: bool) -> tuple[DiffusionInst, tuple[str, ...]]:
+    """The suite's model with the weights of a file, and the classes that the file names, or those of the data set.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds the weights of another model.
+        ConfigError: what no tensor's shape tells differs between the file's configuration and the suite's.
+    """
+    checkpoint = load_checkpoint(Path(config.model.weights))
+    for name in ("snr_scale", "num_train_timesteps"):
+        theirs, ours = getattr(checkpoint.config.model, name), getattr(config.model, name)
+        if theirs != ours:
+            raise ConfigError(f"{checkpoint.path}: was trained with model.{name} {theirs}, but the suite has {ours}")
+    update = {"backbone_weights": "none", "num_classes": dataset.num_classes}
+    model = build_model(config.model.model_copy(update=update))
+    load_model_weights(model, checkpoint, use_ema=use_ema)
+    return model, checkpoint.class_names or dataset.class_names
+
+
+def _trained_model(source: Input, *, use_ema: bool) -> tuple[DiffusionInst, tuple[str, ...]]:
     checkpoint = load_checkpoint(source.folder / FINAL_NAME)
     # The checkpoint holds all weights: those that training began with need not be found again.
     model = build_model(checkpoint.config.model.model_copy(update={"backbone_weights": "none"}))
-    load_model_weights(model, checkpoint)
+    load_model_weights(model, checkpoint, use_ema=use_ema)
     return model, checkpoint.class_names
 
 
@@ -223,6 +342,7 @@ def _sha256(path: Path) -> str:
 KINDS = {
     "dataset": run_dataset,
     "train": run_train,
+    "weights": run_weights,
     "predict": run_predict,
     "score": run_score,
     "latency": run_latency,

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from coco_files import block_mask, rle_of, tiny_content, write_set
+from lvis_files import tiny_lvis, write_lvis
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -615,6 +616,52 @@ def test_faults_in_the_data_of_a_training(work: Path, diffinst_command: RunSuite
     assert {name: value for name, value in content_of(work).items() if not name.startswith("new")} == before
 
 
+def _without_negatives(content: dict[str, Any]) -> None:
+    del content["images"][0]["neg_category_ids"]
+
+
+def _unknown_frequency(content: dict[str, Any]) -> None:
+    content["categories"][1]["frequency"] = "sometimes"
+
+
+def _lost_folder(content: dict[str, Any]) -> None:
+    content["images"][0]["coco_url"] = "http://images.cocodataset.org/test2017/11.png"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _without_negatives,
+            "set/lvis.json: image 11: neg_category_ids is None; it must be a list of category ids, which may be empty. "
+            "A file without it is no LVIS file: set annotation_format: coco",
+        ),
+        (
+            _unknown_frequency,
+            "set/lvis.json: category 3 (dog): frequency is 'sometimes'; allowed: r, c, f (rare, common, frequent)",
+        ),
+        (
+            _lost_folder,
+            "set/lvis.json: image 11: no file set/coco/11.png. Put it there, or leave the image out with an id list "
+            "(train_image_ids).",
+        ),
+    ],
+)
+def test_faults_in_lvis_files(
+    work: Path, diffinst_command: RunSuite, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    content = tiny_lvis()
+    write_lvis(work / "set", content)
+    change(content)
+    (work / "set" / "lvis.json").write_text(json.dumps(content))
+    settings = ("annotation_format=lvis", "train_annotations=set/lvis.json", "train_images=set/coco")
+    sets = [part for text in settings for part in ("--set", text)]
+    ended = diffinst_command("train", "config.yaml", "--out", "new", "--device", "cpu", *sets)
+    assert ended.code == 2
+    assert ended.message == f"diffinst: {message}"
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -624,7 +671,10 @@ def test_faults_in_the_data_of_a_training(work: Path, diffinst_command: RunSuite
             "DIFFINST_DATASETS=DIR.",
         ),
         (["predict", CHECKPOINT, "gone.jpg", "--out", "new"], "gone.jpg: no such file or folder. Check the path"),
-        (["predict", CHECKPOINT, "run", "--out", "new"], "run: no image in this folder. Looked for .jpg, .jpeg, *"),
+        (
+            ["predict", CHECKPOINT, "run", "--out", "new"],
+            "run: no image in this folder, and no video. Looked for .jpg, *",
+        ),
         (
             ["predict", CHECKPOINT, "config.yaml", "--out", "new"],
             "config.yaml: cannot be decoded: cannot identify image file '*config.yaml'; the file is damaged or no "
@@ -659,9 +709,15 @@ def test_wrong_arguments(work: Path, diffinst_command: RunSuite, arguments: list
 def test_a_damaged_photograph_leaves_earlier_drawings_alone(work: Path, diffinst_command: RunSuite) -> None:
     assert diffinst_command("predict", CHECKPOINT, "photo.jpg", "--out", "out", "--device", "cpu").code == 0
     before = content_of(work / "out")
+    ended = diffinst_command("predict", CHECKPOINT, "photo.jpg", "--out", "out", "--device", "cpu")
+    assert ended.code == 2
+    assert ended.message == (
+        "diffinst: out/photo.jpg: is there already, and 2 more. Choose another folder with --out DIR, or replace with "
+        "--force"
+    )
     data = (work / "photo.jpg").read_bytes()
     (work / "photo.jpg").write_bytes(data[: len(data) // 2])
-    ended = diffinst_command("predict", CHECKPOINT, "photo.jpg", "--out", "out", "--device", "cpu")
+    ended = diffinst_command("predict", CHECKPOINT, "photo.jpg", "--out", "out", "--device", "cpu", "--force")
     assert ended.code == 2
     assert re.fullmatch(
         r"diffinst: photo\.jpg: cannot be decoded: image file is truncated \(\d+ bytes not processed\); "

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
     {"ops", "config", "errors", "structures"},
     {"diffusion"},
-    {"backbones", "heads", "matching", "losses"},
+    {"backbones", "heads", "matching", "federated", "losses"},
     {"model", "postprocess"},
-    {"build", "data", "evaluation", "checkpoint", "released_names", "drawing"},
+    {"build", "data", "evaluation", "checkpoint", "released_names", "weights", "drawing"},
     {"engine"},
     {"cli"},
 ]
@@ -33,6 +33,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "diffinst.engine.train": {"bench", "matplotlib", "pandas"},
     "diffinst.engine.evaluate": {"bench", "matplotlib", "pandas"},
     "bench.suite": {"torch", "matplotlib", "pandas"},
+    "bench.upstream": {"torch", "matplotlib", "pandas"},
     "bench.plan": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
@@ -43,11 +44,26 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.report.frames": {"torch", "diffinst.model", "pandas"},
     "bench.diffbench": {"torch", "diffinst.model", "pandas"},
+    "bench.claims": {"torch", "numpy", "diffinst.model", "pandas", "matplotlib"},
+    "bench.verdict": {"torch", "numpy", "diffinst.model", "pandas", "matplotlib"},
+    "bench.ledger": {"torch", "diffinst.model", "pandas", "matplotlib"},
+    "bench.verify": {"torch", "diffinst.model", "pandas"},
+    "bench.report.paper": {"torch", "diffinst.model", "pandas"},
+    "bench.compare": {"torch", "diffinst.model", "diffinst.config", "matplotlib", "pandas"},
+    "bench.compare_cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.stats.latency": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.bootstrap": {"torch", "diffinst", "matplotlib", "pandas"},
 }
 
 # Of the harness, only these may import diffinst beyond its configuration and errors, or torch.
-MODEL_BRIDGE = ("bench.worker", "bench.measure")
+MODEL_BRIDGE = (
+    "bench.worker",
+    "bench.measure",
+    "bench.detectors",
+    "bench.external",
+    "bench.torchvision_engine",
+    "bench.peers",  # in interpreters of their own
+)
 
 
 def _modules(package: str) -> list[str]:

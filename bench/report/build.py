@@ -21,9 +21,11 @@ from bench.report.cells import (
 from bench.report.plots import build_plot, render
 from bench.report.tables import Table, grid_table, long_table, to_csv, to_latex, to_markdown
 from bench.store import Store
+from diffinst.config import SECTIONS, identity
 
 TABLE_WRITERS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
 FOLDER = "report"  # beside the records it is made of
+REPORTS = Path("reports")  # of several suites and machines, in a results folder; no suite can have this name
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_records(results: Path, suite: str) -> dict[str, list[Record]]:
             found[machine] = [record.model_dump(mode="json") for record in records]
     if not found:
         known = sorted(path.name for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
-        suites = [name for name in known if not name.startswith(".")]
+        suites = [name for name in known if not name.startswith(".") and name != REPORTS.name]
         raise RecordError(
             f"{folder}: no records. "
             + (f"Suites with results in {results}: {', '.join(suites)}" if suites else "Run run-suite first")
@@ -68,8 +70,8 @@ def select(records: Sequence[Record], cells: Sequence[Cell] | None) -> Selection
         return Selection(tuple(kept), notes)
     by_id = {record["run_id"]: record for record in records}
     suite = records[0]["suite"] if records else ""
-    chosen = [by_id.get(cell.run_id) or _missing(cell, suite) for cell in cells]
-    others = len(by_id.keys() - {cell.run_id for cell in cells})
+    chosen = [by_id.get(cell.run_id) or _record_of_missing(cell, records) or _absent(cell, suite) for cell in cells]
+    others = len(by_id.keys() - {record["run_id"] for record in chosen})
     notes = (f"{_count(others, 'record')} of other versions or settings of this suite left out",) if others else ()
     return Selection(tuple(chosen), notes)
 
@@ -129,12 +131,17 @@ def write_tables(tables: Mapping[str, Table], folder: Path) -> list[Path]:
     files = {
         f"{stem}.{ending}": writer(table) for stem, table in tables.items() for ending, writer in TABLE_WRITERS.items()
     }
-    return _write({name: text.encode() for name, text in files.items()}, folder)
+    return write_files(files, folder)
 
 
 def write_plots(plots: Mapping[str, Mapping[str, bytes]], folder: Path) -> list[Path]:
     """Write every plot as PNG and SVG into `folder`; a file that says the same already is left alone."""
     return _write({f"{stem}.{ending}": data for stem, kinds in plots.items() for ending, data in kinds.items()}, folder)
+
+
+def write_files(files: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write texts into `folder`; a file that says the same already is left alone."""
+    return _write({name: text.encode() for name, text in files.items()}, folder)
 
 
 def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
@@ -153,12 +160,29 @@ def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
     return paths
 
 
-def _missing(cell: Cell, suite: str) -> Record:
+def _record_of_missing(cell: Cell, records: Sequence[Record]) -> Record | None:
+    """The newest record of a cell that cannot be run here, where its run id is not known: it ran somewhere else."""
+    if cell.missing is None:
+        return None
+    same = [record for record in records if record["axes"] == cell.axes and _same_config(record["config"], cell.config)]
+    return max(same, key=lambda record: str(record.get("started_at") or ""), default=None)
+
+
+def _same_config(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a record's configuration, which knows no fields added since, says the same."""
+    return old.keys() == new.keys() and all(
+        identity(name, old[name]) == identity(name, new[name]) if name in SECTIONS else old[name] == new[name]
+        for name in new
+    )
+
+
+def _absent(cell: Cell, suite: str) -> Record:
     return {
         "suite": suite,
         "run_id": cell.run_id,
         "label": cell.label,
-        "status": "missing",
+        "status": "missing" if cell.missing is None else "skipped",
+        "reason": cell.missing,
         "axes": dict(cell.axes),
         "config": cell.config,
         "metrics": {},

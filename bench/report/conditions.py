@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
+from bench.engines import DEFAULT_RECIPES
 from bench.report.cells import REPEAT_AXES, Record, axis_value, varying_axes
 from bench.report.metrics import axis_label, axis_text
+
+_MAX_OPTIONS = 3  # of a peer, that are written out; its record has all
 
 
 def conditions(records: Sequence[Record]) -> tuple[str, ...]:
@@ -63,6 +67,9 @@ def _images(record: Record) -> float | None:
 
 
 def _model(record: Record) -> str | None:
+    engine = _section(record, "engine")
+    if engine:
+        return _engine(engine)
     section = _section(record, "model")
     if "backbone" not in section or _varies(record, "backbone"):
         return None
@@ -70,8 +77,25 @@ def _model(record: Record) -> str | None:
     return f"backbone {section['backbone']}" + (f", {stages} stages" if stages else "")
 
 
+def _engine(engine: Mapping[str, Any]) -> str:
+    """A peer, its recipe and its own settings."""
+    name, options = engine.get("name"), engine.get("options") or {}
+    recipe = engine.get("recipe") or DEFAULT_RECIPES.get(str(name), "")
+    text = f"{name} {PurePosixPath(recipe).stem}"
+    if len(options) > _MAX_OPTIONS:
+        return f"{text} with {len(options)} options of its own"
+    return text + "".join(f", {key} {axis_text(value)}" for key, value in options.items())
+
+
+def _is_trained(record: Record) -> bool:
+    files = (_section(record, "model").get("weights"), _section(record, "engine").get("engine_weights"))
+    return all(file in (None, "none") for file in files)
+
+
 def _training(record: Record) -> str | None:
     section = _section(record, "train")
+    if not _is_trained(record):
+        return "weights from a file"
     if not {"iterations", "batch_size"} <= set(section) or _varies(record, "iterations"):
         return None
     return f"{section['iterations']:,} iterations of batch {section['batch_size']}".replace(",", " ")
@@ -96,7 +120,9 @@ def _machine(record: Record) -> str | None:
 
 def _software(record: Record) -> str | None:
     environment = record.get("environment", {})
-    version = environment.get("packages", {}).get("torch")
+    # A peer may have run in an interpreter of its own.
+    packages = environment.get("process", {}).get("packages") or environment.get("packages", {})
+    version = packages.get("torch")
     return f"torch {version}" if version else None
 
 

@@ -42,6 +42,9 @@ LONG_METRICS = (
     "segm/AP",
     "segm/AP50",
     "segm/AP75",
+    "segm/APr",
+    "segm/APc",
+    "segm/APf",
     "bbox/AP",
     "latency_s/total",
     "peak_memory_bytes/cuda_allocated",
@@ -68,6 +71,7 @@ class Entry:
     """text: as people read it. csv: one field per CSV name of its column. state: why there is no number, or 'ok'.
 
     without_range: `text` where there is little room; '' for the same. lost: its end, where runs have no number.
+    link: what Markdown and LaTeX link the text to, relative to the written file; '' for nothing.
     """
 
     text: str
@@ -75,6 +79,7 @@ class Entry:
     state: State = "ok"
     without_range: str = ""
     lost: str = ""
+    link: str = ""
 
     @property
     def short(self) -> str:
@@ -164,7 +169,7 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
 def to_markdown(table: Table) -> str:
     """A GitHub table whose source is aligned too, so that it reads well as text; title, notes and conditions around."""
     header = [_markdown_escape(text) for text in _headings(table)]
-    body = [[_markdown_escape(entry.text) for entry in row] for row in table.rows]
+    body = [[_markdown_entry(entry) for entry in row] for row in table.rows]
     widths = [max(3, *(len(line[i]) for line in [header, *body])) for i in range(len(header))]
 
     def line(fields: Sequence[str]) -> str:
@@ -200,7 +205,8 @@ def to_latex(table: Table) -> str:
     """A `table` environment for a paper (packages booktabs and textcomp), everything escaped."""
     keys, values = table.columns[: table.num_keys], table.columns[table.num_keys :]
     spec = "".join("r" if column.align_right else "l" for column in table.columns)
-    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}[tb]", "\\centering", "\\small"]
+    packages = "booktabs,hyperref" if any(entry.link for row in table.rows for entry in row) else "booktabs"
+    lines = [f"% needs \\usepackage{{{packages}}}", "\\begin{table}[tb]", "\\centering", "\\small"]
     lines += [f"\\caption{{{_latex_caption(table)}}}", f"\\begin{{tabular}}{{@{{}}{spec}@{{}}}}", "\\toprule"]
     if table.column_axis:
         first, last = len(keys) + 1, len(table.columns)
@@ -443,8 +449,16 @@ def _latex_heading(column: Column) -> str:
     return f"{label} ({_latex_escape(column.unit)})" if column.unit else label
 
 
+def _markdown_entry(entry: Entry) -> str:
+    text = _markdown_escape(entry.text)
+    return f"[{text}]({entry.link.replace(' ', '%20')})" if entry.link else text
+
+
 def _latex_entry(entry: Entry) -> str:
     text = _latex_escape(entry.text)
+    if entry.link:
+        target = re.sub(r"([%#{}])", r"\\\1", entry.link)
+        text = f"\\href{{{target}}}{{{text}}}"
     return text if entry.state == "ok" else f"\\textit{{{text}}}"
 
 

@@ -146,6 +146,7 @@ def test_running_hands_over_the_plan_and_returns_its_code(
             machine="m",
             ok=["a"] if code != 1 else [],
             failed=["b"] if code == 1 else [],
+            missing=[],
             records={},
             failures={"x": failure, "y": failure} if code == 2 else {},
             interrupted=code == 130,
@@ -191,7 +192,14 @@ def test_a_run_ends_with_the_suites_tables_and_where_its_files_are(
             store.write_record(record, "box")
             paths[cell.run_id] = store.record_path(record.suite, "box", cell.run_id)
         return SimpleNamespace(
-            machine="box", ok=list(paths), failed=[], records=paths, failures={}, interrupted=False, exit_code=0
+            machine="box",
+            ok=list(paths),
+            failed=[],
+            missing=[],
+            records=paths,
+            failures={},
+            interrupted=False,
+            exit_code=0,
         )
 
     suite.write_text(SUITE + "tables: [{kind: long, metrics: [segm/AP], title: Shown at the end}]\n")

@@ -66,7 +66,8 @@ def test_values_are_stored_as_the_model_has_them(section: type, name: str, text:
             ModelConfig,
             "backbone",
             "tinny",
-            "'tinny' is not allowed. Allowed: resnet50, resnet101, efficientnet_lite0, tiny. Did you mean 'tiny'?",
+            "'tinny' is not allowed. Allowed: resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, swin_b_384, "
+            "swin_l_384, efficientnet_lite0, tiny. Did you mean 'tiny'?",
         ),
         (DataConfig, "dataset", "3", "3 is not allowed. Allowed: text. Put quotes around it"),
         (DataConfig, "crop_size_range", "7", "7 is not allowed. Allowed: a list, each an integer"),

@@ -173,6 +173,13 @@ OTHER_VALUES: dict[str, Any] = {
     "mask_norm": "group",
     "mask_head_channels": [4],
     "box_pooling": "bags",
+    "tta_merge": "nms",
+    "tta_shortest_edges": list(range(100, 1400, 100)),
+    "tta_min_box_sizes": [],
+    "tta_max_box_sizes": [],
+    "class_loss": "bce",
+    "repeat_threshold": 0.001,
+    "ema_decay": 0.999,
     "renewal_order": "front",
     "init": "released",
     "hidden_dim": 128,
@@ -194,8 +201,18 @@ OTHER_VALUES: dict[str, Any] = {
     "crop_boxes": "released",
 }
 FREE = {"eval_batch_size", "num_workers", "log_every", "checkpoint_every"}
-NEEDS_FILES = {"train_annotations", "train_images", "val_annotations", "val_images", "train_image_ids", "val_image_ids"}
-NOT_FOR_SHAPES = {"skip_invalid"}
+NEEDS_FILES = {
+    "weights",
+    "train_annotations",
+    "train_images",
+    "val_annotations",
+    "val_images",
+    "train_image_ids",
+    "val_image_ids",
+}
+NOT_FOR_SHAPES = {"skip_invalid", "annotation_format"}
+# What a field cannot be without.
+NEEDS = {"use_ema": "train: {ema_decay: 0.999}\n"}
 
 
 @pytest.mark.parametrize(
@@ -212,8 +229,9 @@ def test_no_field_is_forgotten(tmp_path: Path, name: str) -> None:
     else:
         assert isinstance(default, int | float), name
         other = default + 1 if isinstance(default, int) else 0.75
-    before = plan_of(tmp_path, "description: x\n")
-    after = plan_of(tmp_path, "description: x\n", f"{name}={json.dumps(other)}")
+    text = "description: x\n" + NEEDS.get(name, "")
+    before = plan_of(tmp_path, text)
+    after = plan_of(tmp_path, text, f"{name}={json.dumps(other)}")
     assert before.cells[0].run_id != after.cells[0].run_id
 
 
@@ -379,6 +397,34 @@ def test_an_axis_without_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SuiteError) as caught:
         plan_of(tmp_path, "data: {dataset: coco}\naxes: {product: {shapes_seed: [0, 1]}}\n")
     assert str(caught.value).startswith(f"{tmp_path / 's.yaml'}:2:1: axes: the cells 'shapes_seed=0 seed=0' and ")
+
+
+def test_lvis_is_scored_by_its_own_protocol_and_coco_keeps_its_ids(tmp_path: Path) -> None:
+    lvis = plan_of(tmp_path, "data: {dataset: lvis}\n")
+    (score,) = nodes_of(lvis, "score")
+    assert score.spec == {"iou_types": ["bbox", "segm"], "class_agnostic": False, "protocol": "lvis"}
+    coco = plan_of(tmp_path, "data: {dataset: coco}\n")
+    (score,) = nodes_of(coco, "score")
+    # As it was recorded before there was another protocol.
+    assert score.spec == {"iou_types": ["bbox", "segm"], "class_agnostic": False}
+    assert make_id("score", score.spec, score.inputs) == score.id
+
+
+def test_the_format_of_custom_annotations_belongs_to_the_data_set(tmp_path: Path) -> None:
+    for name in ("a.json", "images"):
+        (tmp_path / name).touch()
+    paths = ", ".join(
+        f"{split}_{what}: {name}"
+        for split in ("train", "val")
+        for what, name in (("annotations", "a.json"), ("images", "images"))
+    )
+    coco = plan_of(tmp_path, f"data: {{dataset: custom, {paths}}}\n")
+    lvis = plan_of(tmp_path, f"data: {{dataset: custom, {paths}, annotation_format: lvis}}\n")
+    assert not set(coco.nodes) & set(lvis.nodes)
+    assert [node.spec.get("annotation_format") for node in nodes_of(lvis, "dataset")] == ["lvis", "lvis"]
+    assert nodes_of(lvis, "score")[0].spec["protocol"] == "lvis"
+    # The data set's node says it once.
+    assert "annotation_format" not in nodes_of(lvis, "train")[0].spec["data"]
 
 
 # -- selecting --------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 
 from bench.errors import SuiteError, SuiteErrors
-from bench.suite import CUSTOM_PATHS, DATASETS, METRICS, Suite, load_suite
-from diffinst.config import RELEASED, Config
-from diffinst.data.catalog import NAMES
-from diffinst.evaluation.coco_ap import METRIC_NAMES
+from bench.suite import CUSTOM_PATHS, DATASETS, Suite, is_lvis, load_suite, metrics_of
+from diffinst.config import RELEASED, Config, DataConfig
+from diffinst.data.catalog import NAMES, annotation_format
+from diffinst.evaluation.scoring import metric_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = sorted((ROOT / "suites").glob("*.yaml"))
@@ -250,17 +250,17 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     )
     assert found == [
         "s.yaml:2:9: preset: 'relased' is not allowed. Allowed: fixed, released. Did you mean 'released'?",
-        "s.yaml:4:13: model.backbone: 'tinny' is not allowed. Allowed: resnet50, resnet101, efficientnet_lite0, tiny. "
-        "Did you mean 'tiny'?",
+        "s.yaml:4:13: model.backbone: 'tinny' is not allowed. Allowed: resnet50, resnet101, swin_t, swin_s, swin_b, "
+        "swin_l, swin_b_384, swin_l_384, efficientnet_lite0, tiny. Did you mean 'tiny'?",
         "s.yaml:6:3: model.hidden_dim: duplicate key (first on line 5). Keep one of the two",
         "s.yaml:8:18: train.learning_rate: '1e-4' is not allowed. Allowed: a number above 0. "
         "YAML reads 1e-4 as text: write 1.0e-4",
         "s.yaml:9:15: train.batch_size: 8.0 is not allowed. Allowed: an integer of at least 1",
         "s.yaml:10:3: train.sampling_steps: unknown key. 'sampling_steps' belongs into section 'sampler'",
-        "s.yaml:11:1: smapler: unknown key. Allowed: name, description, preset, model, sampler, train, data, axes, "
-        "seeds, measure, tables, plots. Did you mean 'sampler'?",
+        "s.yaml:11:1: smapler: unknown key. Allowed: name, description, preset, model, sampler, train, data, engine, "
+        "axes, seeds, measure, tables, plots, claims. Did you mean 'sampler'?",
         "s.yaml:14:5: axes.product.sampling_step: unknown field. Allowed: a field of model, sampler, train or data, "
-        "one of these sections, or preset. Did you mean 'sampling_steps'?",
+        "one of these sections, preset, or engine. Did you mean 'sampling_steps'?",
         "s.yaml:15:5: axes.product.num_workers: no axis: num_workers never changes a result. Set it in its section",
         "s.yaml:16:3: axes.zip: the lists differ in length: eta has 2, renewal has 1. Give each as many values",
         "s.yaml:17:8: seeds: 3 is not allowed. Allowed: a list, each an integer of at least 0",
@@ -460,10 +460,51 @@ def test_the_four_suites_have_the_axes_that_were_asked_for() -> None:
     assert (released.train.batch_size, released.train.learning_rate, released.train.iterations) == (16, 2.5e-5, 450_000)
 
 
+def test_the_suite_of_lvis_uses_what_lvis_needs() -> None:
+    cells = load_suite(ROOT / "suites" / "lvis_tiny.yaml").cells
+    for config in (cell.config for cell in cells):
+        assert is_lvis(config.data.model_dump())
+        assert config.train.federated_loss
+        assert config.train.repeat_threshold is not None
+        assert config.sampler.max_detections == 300
+
+
+@pytest.mark.parametrize(
+    ("data", "metric", "message"),
+    [
+        ("shapes", "segm/APr", "segm/APr is measured on LVIS annotations only. Take it out of the suite"),
+        ("lvis", "bbox/AR100", "bbox/AR100 is measured on COCO annotations only. Take it out of the suite"),
+    ],
+)
+def test_metrics_that_the_data_set_does_not_have(tmp_path: Path, data: str, metric: str, message: str) -> None:
+    text = f"data: {{dataset: {data}}}\ntables: [{{kind: long, metrics: [segm/AP, {metric}]}}]\n"
+    (found,) = mistakes(tmp_path, text)
+    assert message in found
+    both = f"axes: {{product: {{dataset: [coco, lvis]}}}}\ntables: [{{kind: long, metrics: [{metric}]}}]\n"
+    assert len(load(tmp_path, both).cells) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("dataset: lvis, class_agnostic: true", "class_agnostic: not on LVIS, whose images are annotated for some of"),
+        ("dataset: coco, annotation_format: lvis", "annotation_format: only with dataset: custom, but the dataset is"),
+    ],
+)
+def test_settings_that_lvis_does_not_go_with(tmp_path: Path, data: str, message: str) -> None:
+    (found,) = mistakes(tmp_path, f"data: {{{data}}}\n")
+    assert message in found
+
+
 def test_names_agree_with_the_catalogue_of_data_sets() -> None:
     assert set(DATASETS) == set(NAMES)
     assert set(CUSTOM_PATHS) <= set(Config().data.model_dump())
 
 
 def test_names_agree_with_the_metrics_that_are_computed() -> None:
-    assert {name for name in METRICS if name.startswith(("segm/", "bbox/"))} == set(METRIC_NAMES)
+    for dataset in DATASETS:
+        data = {"dataset": dataset, "annotation_format": "coco"}
+        found = {name for name in metrics_of(data) if name.startswith(("segm/", "bbox/"))}
+        assert found == set(metric_names(DataConfig(dataset=dataset)))
+        assert is_lvis(data) == (annotation_format(DataConfig(dataset=dataset)) == "lvis")
+    assert is_lvis({"dataset": "custom", "annotation_format": "lvis"})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lvis_files import tiny_lvis, write_lvis
 from rich.console import Console
 
 from bench.execute import RunOutcome, run_plan
@@ -16,9 +17,13 @@ from bench.plan import Plan, build_plan
 from bench.record import RunRecord
 from bench.server import Input, Job
 from bench.store import Store
-from bench.suite import METRICS, load_suite
-from bench.worker import main, run_dataset, run_train
-from diffinst.errors import ConfigError, DataError
+from bench.suite import METRICS, load_suite, metrics_of
+from bench.worker import KINDS, _trained_model, main, run_dataset, run_train
+from diffinst.checkpoint import load_checkpoint
+from diffinst.config import SamplerConfig
+from diffinst.data.coco import open_dataset
+from diffinst.engine.evaluate import predict_split
+from diffinst.errors import CheckpointError, ConfigError, DataError
 from diffinst.evaluation.predictions import iter_predictions
 
 SUITE = """
@@ -72,7 +77,9 @@ def test_the_suite_trains_once_and_measures_each_cell(
 
 def test_records_hold_every_metric_or_the_reason_why_not(found: list[RunRecord]) -> None:
     for record in found:
-        assert set(METRICS) <= set(record.metrics)
+        expected = set(metrics_of(record.config["data"]))
+        assert expected <= set(record.metrics)
+        assert not (set(METRICS) - expected) & set(record.metrics)
         missing = {name for name, metric in record.metrics.items() if metric.value is None}
         assert {"peak_memory_bytes/cuda_allocated", "bbox/APl"} <= missing
         assert record.metrics["peak_memory_bytes/cuda_allocated"].reason == "measured on cpu, not on a CUDA device"
@@ -142,6 +149,73 @@ def test_a_model_without_masks_says_so(found: list[RunRecord]) -> None:
     assert len(boxes_only) == 1
     assert boxes_only[0].metrics["segm/AP"].reason == "the model predicts boxes only"
     assert boxes_only[0].metrics["bbox/AP"].value is not None
+
+
+def test_averaged_weights_are_those_predicted_with(tmp_path: Path) -> None:
+    axes = "axes: {product: {use_ema: [false, true]}}"
+    path = tmp_path / "minute.yaml"
+    path.write_text("\n".join(axes if line.startswith("axes:") else line for line in SUITE.splitlines()))
+    settings = ["ema_decay=0.5", "learning_rate=0.01", "num_proposals=5", "eval_batch_size=2"]
+    plan = build_plan(load_suite(path, settings), device="cpu")
+    assert len({cell.nodes["train"] for cell in plan.cells}) == 1
+
+    inputs: dict[str, Input] = {}
+    found = {}
+    plain, averaged = sorted(plan.cells, key=lambda cell: cell.axes["use_ema"])
+    for kind, cell in (("dataset", plain), ("train", plain), ("predict", plain), ("predict", averaged)):
+        node = plan.nodes[cell.nodes[kind]]
+        folder = tmp_path / node.id
+        folder.mkdir()
+        KINDS[kind](Job(node, folder, inputs, environment={}, report=lambda event: None))
+        inputs[kind] = Input(node.id, kind, folder, node.spec, outputs={})
+        if kind == "predict":
+            found[cell.axes["use_ema"]] = list(iter_predictions(folder / "predictions"))
+
+    model, _ = _trained_model(inputs["train"], use_ema=True)
+    checkpoint = load_checkpoint(inputs["train"].folder / "model.safetensors")
+    assert all(value.equal(checkpoint.ema[name]) for name, value in model.state_dict().items())
+    images = open_dataset(checkpoint.config.data, "val", inputs["dataset"].folder)
+    predict_split(model, images, SamplerConfig(num_proposals=5), tmp_path / "by_hand", batch_size=2)
+    assert list(iter_predictions(tmp_path / "by_hand")) == found[True] != found[False]
+
+
+def test_lvis_from_its_file_to_its_scores(tmp_path: Path) -> None:
+    write_lvis(tmp_path, tiny_lvis())
+    files = [f"data.{split}_{what}" for split in ("train", "val") for what in ("annotations=lvis.json", "images=coco")]
+    plan = make_plan(
+        tmp_path,
+        *("dataset=custom", "annotation_format=lvis", *files, "num_proposals=5"),
+        *("federated_loss=true", "federated_classes=2", "repeat_threshold=1.0", "class_loss=bce", "iterations=2"),
+        data_root=tmp_path,
+        only="mask=dynamic",
+    )
+    (cell,) = plan.cells
+    inputs: dict[str, Input] = {}
+    for node in plan.nodes.values():
+        if node.kind == "latency":
+            continue
+        folder = tmp_path / node.id
+        folder.mkdir()
+        outputs = KINDS[node.kind](Job(node, folder, inputs, environment={}, report=lambda event: None))
+        inputs[node.kind] = Input(node.id, node.kind, folder, node.spec, outputs=outputs)
+    metrics = inputs["score"].outputs["metrics"]
+    assert set(metrics) == {name for name, needs in metrics_of(cell.config["data"]).items() if needs == "score"}
+    assert metrics["segm/APf"]["value"] is not None
+    assert metrics["segm/APc"] == {
+        "value": None,
+        "unit": "fraction",
+        "higher_is_better": True,
+        "reason": "no ground truth of common classes",
+    }
+    assert set(inputs["score"].outputs["per_class"]["bbox/AP"]) == {"dog", "cat"}
+
+
+def test_an_average_that_the_training_did_not_keep_is_one_line(done: tuple[Path, Plan, RunOutcome]) -> None:
+    train = next(node for node in done[1].nodes.values() if node.kind == "train")
+    source = Input(train.id, train.kind, Store(done[0]).folder(train.id), train.spec, outputs={})
+    with pytest.raises(CheckpointError, match="no moving average of the weights. Set sampler.use_ema") as caught:
+        _trained_model(source, use_ema=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_data_set_that_is_not_there_is_one_line(tmp_path: Path) -> None:

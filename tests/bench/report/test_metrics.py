@@ -10,6 +10,7 @@ from bench.report.metrics import axis_label, axis_text, style_of
     [
         ("segm/AP", 0.4123, "mask AP", "41.2"),
         ("bbox/AP50", 1.0, "box AP50", "100.0"),
+        ("segm/APr", 0.125, "mask APr", "12.5"),
         ("segm/AR100", 0.5, "mask AR100", "50.0"),
         ("latency_s/total", 0.01234, "latency (ms)", "12.3"),
         ("latency_s/head/p95", 0.002, "head latency p95 (ms)", "2.0"),
