@@ -180,8 +180,7 @@ class _Talk:
 
     def _take_log(self, chunk: bytes) -> None:
         self._tail = (self._tail + chunk)[-_KEPT_BYTES:]
-        sys.stderr.flush()
-        os.write(2, chunk)
+        _log(chunk)
 
     def _take_lines(self, chunk: bytes) -> None:
         *lines, self._line = (self._line + chunk).split(b"\n")
@@ -197,8 +196,13 @@ class _Talk:
                     self.result = result
                 case {"error": str(error)}:
                     self.error = error
-                case _:  # a print of some library
-                    self._take_log(line + b"\n")
+                case _:  # a print of some library: no last words, for the two pipes keep no order between them
+                    _log(line + b"\n")
+
+
+def _log(chunk: bytes) -> None:
+    sys.stderr.flush()
+    os.write(2, chunk)
 
 
 def _fail(name: str, code: int, talk: _Talk) -> NoReturn:
