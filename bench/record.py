@@ -7,9 +7,12 @@ paths: `scrub` takes them out before writing.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -17,10 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bench.errors import RecordError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
-# From an older schema version to the next one; each takes and returns the parsed JSON. None needed yet.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+def _upgrade_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 added what version 1 did not know of: errors, resamples, checks, code and the environment's id."""
+    return content | {"schema_version": 2}
+
+
+# From an older schema version to the next one; each takes and returns the parsed JSON.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _upgrade_1}
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Status = Literal["ok", "failed", "skipped"]
@@ -34,17 +43,25 @@ class Metric(_Part):
     """One number with its unit and direction; `value` is None exactly when `reason` says why there is none.
 
     unit: 'fraction', 's', 'bytes', 'FLOP', ... higher_is_better: None where neither direction is better.
+    standard_error: in the metric's unit, where one run tells it; the 95 % interval is value +- 1.96 of it. error_of:
+    what would have to be drawn again for the value to vary so ('images'); set exactly when there is a standard error.
     """
 
     value: int | FiniteFloat | None
     unit: str
     higher_is_better: bool | None
     reason: str | None = None
+    standard_error: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    error_of: Literal["images"] | None = None
 
     @model_validator(mode="after")
     def _reason_for_nothing(self) -> Self:
         if (self.value is None) != (self.reason is not None):
             raise ValueError("a metric has either a value or a reason why it has none")
+        if (self.standard_error is None) != (self.error_of is None):
+            raise ValueError("a standard error says of what, and nothing says so without one")
+        if self.value is None and self.standard_error is not None:
+            raise ValueError("a metric without a value has no standard error")
         return self
 
 
@@ -72,6 +89,48 @@ def metric(name: str, value: float | None, reason: str | None = None) -> Metric:
     return Metric(value=value, unit=unit, higher_is_better=higher_is_better, reason=why)
 
 
+class Resamples(_Part):
+    """A metric of resampled images, in the order of the draws, so that two records can be compared image by image.
+
+    Records whose `images`, `seed` and `count` are equal were drawn together: the spread of the differences of their
+    values is the standard error of the difference.
+
+    images: digest of the image ids, in the order of the draws. seed, count: of the draws, see `bench.stats.bootstrap`.
+    values: `count` little-endian float32 numbers in base64; NaN where a draw has no instance.
+    """
+
+    of: Literal["images"] = "images"
+    images: str
+    num_images: int
+    seed: int
+    count: int
+    values: str
+
+    @model_validator(mode="after")
+    def _all_there(self) -> Self:
+        try:
+            size = len(base64.b64decode(self.values, validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"values are not base64 ({error})") from error
+        if size != 4 * self.count:
+            raise ValueError(f"values hold {size} bytes instead of 4 for each of {self.count} draws")
+        return self
+
+
+def pack_resamples(values: Sequence[float]) -> str:
+    """`Resamples.values` of numbers."""
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
+
+
+def unpack_resamples(values: str) -> list[float]:
+    """The numbers of `Resamples.values`.
+
+    Raises:
+        ValueError: not base64, or no whole number of float32.
+    """
+    return [value for (value,) in struct.iter_unpack("<f", base64.b64decode(values, validate=True))]
+
+
 class NodeRun(_Part):
     """When and from which source a node of this run was computed (it may be shared with other runs, and older).
 
@@ -90,11 +149,14 @@ class RunRecord(_Part):
 
     measure: what was to be measured, how long at least, and the device asked for ('auto' if none was).
     nodes: node kind -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit
-    that ends the name ('latency_s'). per_class: metric name -> class name -> value. environment: of the process that
-    took the measurements. duration_s: sum over the run's nodes. log: the end of the failed node's log, if one failed.
+    that ends the name ('latency_s'). per_class: metric name -> class name -> value. resamples: metric name -> its
+    values on resampled images. checks: name -> what was compared and the largest difference ('evaluators'). code: node
+    kind -> digest of the code that it ran; empty in records of version 1. environment: of the process that took the
+    measurements; environment_id: digest of what of it can change a number or a time. duration_s: sum over the run's
+    nodes. log: the end of the failed node's log, if one failed.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     suite: str
     run_id: str
     label: str
@@ -108,6 +170,10 @@ class RunRecord(_Part):
     metrics: dict[str, Metric] = {}
     samples: dict[str, dict[str, list[FiniteFloat]]] = {}
     per_class: dict[str, dict[str, FiniteFloat | None]] = {}
+    resamples: dict[str, Resamples] = {}
+    checks: dict[str, dict[str, Any]] = {}
+    code: dict[str, str] = {}
+    environment_id: str | None = None
     environment: dict[str, Any] = {}
     command: str
     started_at: str | None
@@ -123,7 +189,8 @@ class RunRecord(_Part):
 
     def same_result(self, other: RunRecord) -> bool:
         """Whether both give the same numbers for the same run, whatever command line asked for it, and whenever."""
-        ignored = {"command", "measure", "node_runs", "started_at", "finished_at", "duration_s", "log", "environment"}
+        ignored = {"command", "measure", "node_runs", "started_at", "finished_at", "duration_s", "log"}
+        ignored |= {"environment", "environment_id"}
         return self.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
 
 
@@ -131,8 +198,9 @@ def dump_record(record: RunRecord) -> str:
     """The record as JSON text, keys in the order of the fields, one line per list of numbers."""
     content = record.model_dump(mode="json")
     for entry in content["metrics"].values():
-        if entry["reason"] is None:
-            del entry["reason"]
+        for name in ("reason", "standard_error", "error_of"):
+            if entry[name] is None:
+                del entry[name]
     return dump_json(content)
 
 

@@ -38,7 +38,7 @@ def make_record(
         put("flops", 2.5e9, "FLOP", False)
     values = {"sampling_steps": steps, "num_proposals": proposals, **axes, "seed": seed}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "suite": "quickstart",
         "run_id": f"run-{steps}-{proposals}-{seed}-" + "-".join(str(value) for value in axes.values()),
         "label": " ".join(f"{name}={value}" for name, value in values.items()),

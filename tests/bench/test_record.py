@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ from run_records import make_record
 
 from bench import record as record_module
 from bench.errors import RecordError
-from bench.record import Metric, dump_json, dump_record, load_record, metric, parse_record, scrub
+from bench.record import (
+    Metric,
+    Resamples,
+    dump_json,
+    dump_record,
+    load_record,
+    metric,
+    pack_resamples,
+    parse_record,
+    scrub,
+    unpack_resamples,
+)
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
@@ -37,6 +49,7 @@ def test_yesterdays_record_still_loads() -> None:
     "duration_s": null, "log": "last words"}"""
     record = parse_record(json.loads(text), "old.json")
     assert (record.status, record.reason, record.log) == ("failed", "why", "last words")
+    assert (record.schema_version, record.resamples, record.code, record.environment_id) == (2, {}, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +57,7 @@ def test_yesterdays_record_still_loads() -> None:
     [
         ("{", "not valid JSON"),
         ("[]", "not a run record"),
-        ('{"schema_version": 2}', "schema version 2, but this program reads up to 1"),
+        ('{"schema_version": 3}', "schema version 3, but this program reads up to 2"),
         ('{"schema_version": 1}', "suite: Field required"),
     ],
 )
@@ -135,3 +148,31 @@ def test_dumped_json_is_the_same_json(content: Any) -> None:
 def test_dump_refuses_nan() -> None:
     with pytest.raises(ValueError):
         dump_json({"a": float("nan")})
+
+
+def test_resamples_come_back_as_float32() -> None:
+    text = pack_resamples([0.5, 0.25, float("nan")])
+    assert text == "AAAAPwAAgD4AAMB/"  # 0x3f000000, 0x3e800000, 0x7fc00000, lowest byte first
+    values = unpack_resamples(text)
+    assert values[:2] == [0.5, 0.25]
+    assert math.isnan(values[2])
+
+
+@pytest.mark.parametrize(
+    ("count", "values", "message"),
+    [(1, "AAAAPwAAgD4=", "8 bytes instead of 4 for each of 1 draws"), (1, "AAA!", "values are not base64")],
+)
+def test_damaged_resamples_are_refused(count: int, values: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Resamples(images="0f", num_images=2, seed=0, count=count, values=values)
+
+
+def test_an_error_says_of_what_and_belongs_to_a_value() -> None:
+    entry = {"value": 0.5, "unit": "fraction", "higher_is_better": True}
+    assert Metric(**entry, standard_error=0.01, error_of="images").standard_error == 0.01
+    with pytest.raises(ValidationError, match="says of what"):
+        Metric(**entry, standard_error=0.01)
+    with pytest.raises(ValidationError, match="no standard error"):
+        Metric(**(entry | {"value": None, "reason": "why"}), standard_error=0.01, error_of="images")
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        Metric(**entry, standard_error=-0.01, error_of="images")
