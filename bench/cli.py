@@ -7,17 +7,20 @@ before any work or in the data; 130 interrupted. What runs the plan is loaded on
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bench.errors import RecordError, StoreError, SuiteError
+from bench.fingerprints import fingerprints_for, save_if_possible
 from bench.plan import (
     PastNode,
     Plan,
@@ -30,7 +33,7 @@ from bench.plan import (
     total_s,
 )
 from bench.record import load_record
-from bench.store import Store
+from bench.store import Store, past_of_result
 from bench.suite import Suite, load_suite
 from diffinst.errors import DiffInstError
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 _ROOT_VARIABLE = "DIFFINST_DATASETS"
 _ROOTLESS = ("shapes", "custom")  # generated, or found by the suite's own paths
 _FILE_WIDTH = 160
+_PROGRESS_S = 3.0
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -77,12 +81,18 @@ def run_suite(
         raise SuiteError("is not allowed. Allowed: cpu, cuda, cuda:N, mps", key=f"--device {device}")
     root = _data_root(data_root)
     checked = load_suite(suite, overrides or [])
-    built = build_plan(checked, only=only, data_root=root, device=device, num_workers=workers)
     store = Store(results)
+    contents = fingerprints_for(store.nodes_folder, _reading_progress())
+    built = build_plan(checked, only=only, data_root=root, device=device, num_workers=workers, contents=contents)
+    save_if_possible(contents)
     if plan:
         _print_plan(checked, built, describe_plan(built, store.is_done, _past_nodes(store), store.unfinished))
         return
-    raise typer.Exit(_run(checked, built, store, root))
+    try:
+        code = _run(checked, built, store, root)
+    finally:
+        save_if_possible(contents)  # the folder is there now
+    raise typer.Exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _reading_progress() -> Callable[[int, int], None]:
+    """Lines on standard error while data sets are read for the first time, once that takes long."""
+    start = shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > _PROGRESS_S:
+            shown = now
+            left = duration_text((now - start) / done * (total - done))
+            print(f"reading data: {done} of {total} files, {left} left", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _data_root(given: Path | None) -> Path | None:
@@ -174,11 +199,11 @@ def _past_nodes(store: Store) -> list[PastNode]:
     What is damaged is no basis for an estimate; nor is the last part of a node that was resumed.
     """
     found = []
+    parts = functools.cache(store.code_parts)
     for path in sorted(store.nodes_folder.glob("*/done.json")):
         with contextlib.suppress(StoreError):
             if (done := store.result(path.parent.name)) is not None:
-                duration_s = done.duration_s if done.attempts == 1 else None
-                found.append(PastNode(done.kind, done.spec, duration_s, tuple(done.inputs)))
+                found.append(past_of_result(done, parts(done.code)))
     paths = sorted(store.root.glob("[!.]*/*/*.json"))
     if not paths:
         return found

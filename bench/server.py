@@ -216,6 +216,9 @@ def _run_job(function: NodeFunction, job: Job) -> int:
             files={str(path.relative_to(job.folder)): path.stat().st_size for path in sorted(job.files)},
             outputs=outputs,
             environment=job.environment,
+            spec_id=job.node.spec_id,
+            code=job.node.code,
+            content=job.node.content,
         )
         write_atomic(job.folder / "done.json", dump_json(result.model_dump(mode="json")))
     return 0

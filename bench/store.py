@@ -4,6 +4,8 @@
     DIR/<suite>/<machine>/history/<run_id>.N.json  records whose place a differing one took, and failures that came
                                                    after a result (a failure never takes its place)
     DIR/.store/<node_id>/                          what a node computed: node.json first, done.json last
+    DIR/.store/code/<digest>.json                  the definitions that a digest of code stands for
+    DIR/.store/fingerprints.json                   digests of data files, by size and times
     DIR/.lock                                      held by the one run-suite that works here
 
 Every file is written whole: to a temporary name in the same folder, flushed to disk, then renamed. A node folder is
@@ -18,7 +20,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,7 +28,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.errors import RecordError, StoreError
-from bench.plan import Node
+from bench.plan import Node, PastNode
 from bench.record import RunRecord, dump_json, dump_record, load_record
 
 DONE_VERSION: Final = 1
@@ -40,6 +42,7 @@ class NodeResult(BaseModel):
 
     files: path relative to the node folder -> size in bytes, of what later nodes need. outputs: JSON-able facts for
     later nodes and records. environment: of the process that ran it. attempts: starts, the finishing one included.
+    spec_id, code, content: as of the node; '' in results that are older than these.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +59,27 @@ class NodeResult(BaseModel):
     files: dict[str, int]
     outputs: dict[str, Any]
     environment: dict[str, Any]
+    spec_id: str = ""
+    code: str = ""
+    content: str = ""
+
+
+def past_of_result(done: NodeResult, parts: Mapping[str, str]) -> PastNode:
+    """What a stored result tells a plan. The last part of a node that was resumed tells nothing of its time.
+
+    Args:
+        parts: of its code, see `Store.code_parts`.
+    """
+    return PastNode(
+        done.kind,
+        done.spec,
+        done.duration_s if done.attempts == 1 else None,
+        tuple(done.inputs),
+        spec_id=done.spec_id,
+        code=done.code,
+        content=done.content,
+        parts=parts,
+    )
 
 
 def now_text() -> str:
@@ -234,6 +258,7 @@ class Store:
         folder = self.folder(node.id)
         path = folder / "node.json"
         content = {"id": node.id, "kind": node.kind, "inputs": list(node.inputs), "spec": node.spec}
+        content |= {"spec_id": node.spec_id, "code": node.code, "content": node.content}
         try:
             folder.mkdir(exist_ok=True)
             (folder / "done.json").unlink(missing_ok=True)
@@ -251,6 +276,26 @@ class Store:
         else:
             write_atomic(path, dump_json(content))
         return folder
+
+    # -- code ---------------------------------------------------------------------------------------------------------
+
+    def keep_code(self, digest: str, parts: Mapping[str, str]) -> None:
+        """Remember what a digest of code stands for, to tell later what has changed."""
+        path = self._code_path(digest)
+        if digest and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, dump_json(dict(parts)))
+
+    def code_parts(self, digest: str) -> dict[str, str]:
+        """'module:name' -> digest of the definition, for the code with a digest; empty where it is not known."""
+        try:
+            content = json.loads(self._code_path(digest).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {str(name): str(value) for name, value in content.items()} if isinstance(content, dict) else {}
+
+    def _code_path(self, digest: str) -> Path:
+        return self.nodes_folder / "code" / f"{digest}.json"
 
     # -- records ------------------------------------------------------------------------------------------------------
 

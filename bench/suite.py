@@ -134,11 +134,15 @@ _KEYS = ("name", "description", "preset", *SECTIONS, "engine", "axes", "seeds", 
 
 @dataclass(frozen=True)
 class SuiteCell:
-    """One combination: axes maps bare axis names, 'seed' last, to JSON-able values; the same names in every cell."""
+    """One combination: axes maps bare axis names, 'seed' last, to JSON-able values; the same names in every cell.
+
+    places: 'section.field', 'engine' or a section -> where the axes have its value.
+    """
 
     axes: dict[str, Any]
     config: Config
     engine: EngineConfig = EngineConfig()
+    places: dict[str, Place] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Suite:
     base: the configuration without any axis. cells: in table order, all distinct in their axes.
     source_text: the file as it was read; overrides: the `--set` arguments on top of it.
     axes_place: where the axes stand, for mistakes that show only in the plan.
+    places: 'section.field', 'engine', 'preset' or 'seeds' -> where its value was written.
     claims: the published numbers that the cells measure; None where the suite is not about published numbers.
     """
 
@@ -162,6 +167,7 @@ class Suite:
     source_text: str
     overrides: tuple[str, ...] = ()
     axes_place: Place = field(default=Place(None), compare=False)
+    places: dict[str, Place] = field(default_factory=dict, compare=False)
     claims: tuple[ClaimTie, ...] | None = None
 
 
@@ -293,8 +299,14 @@ class _Reader:
             source_text=self.text,
             overrides=self.overrides,
             axes_place=self._place_of("axes"),
+            places=self._named_places(),
             claims=claims,
         )
+
+    def _named_places(self) -> dict[str, Place]:
+        head = {name: self._place_of(name) for name in ("preset", "seeds", "engine") if name in self.root.key_places}
+        engine = {} if self.engine_item.value is None else {"engine": self.engine_item.place}
+        return head | engine | self.places
 
     # -- small helpers ------------------------------------------------------------------------------------------------
 
@@ -675,7 +687,7 @@ class _Reader:
                 axes["seed"] = config.train.seed
                 engine = self._engine(choices)
                 self._check_together(engine, config, choices)
-                cell = SuiteCell(axes, config, engine)
+                cell = SuiteCell(axes, config, engine, _places_of(choices))
                 label = json.dumps(axes)
                 if label in taken:
                     place = choices[0].place if choices else self._place_of("axes")
@@ -924,6 +936,17 @@ def _engine_key(fields: Mapping[str, Any]) -> str:
 
 def _bare_names() -> list[str]:
     return [name.partition(".")[2] for name in _FIELD_NAMES]
+
+
+def _places_of(choices: Sequence[_Choice]) -> dict[str, Place]:
+    """Where axes have what they set."""
+    found: dict[str, Place] = {}
+    for choice in choices:
+        found |= dict.fromkeys(choice.presets, choice.place)
+        found |= {f"{section}.{name}": choice.place for section, name in choice.fields}
+        if choice.engine is not None:
+            found["engine"] = choice.place
+    return found
 
 
 def _has_axis(choices: Sequence[_Choice], axis: str) -> bool:

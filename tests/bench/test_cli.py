@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,22 +61,17 @@ def test_a_plan_is_the_same_text_again(suite: Path, tmp_path: Path, capsys: pyte
     assert run(capsys, suite, "--plan", "--results", tmp_path) == run(capsys, suite, "--plan", "--results", tmp_path)
 
 
-def test_a_plan_needs_no_torch_and_little_time(suite: Path) -> None:
+def test_a_plan_loads_nothing_heavy(suite: Path) -> None:
     code = (
         "import sys; from bench.cli import main; code = main(sys.argv[1:]); "
         "heavy = {'torch', 'matplotlib', 'pandas', 'numpy', 'bench.execute'} & sys.modules.keys(); "
         "print(*sorted(heavy), file=sys.stderr); "
         "sys.exit(code)"
     )
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(suite), "--plan"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        times.append(time.perf_counter() - start)
-        assert (done.returncode, done.stderr.strip()) == (0, "")
-    assert min(times) < 3  # about 0.5 s on one free core; loading torch alone takes longer than 3 s here
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(suite), "--plan"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.strip()) == (0, "")
 
 
 def test_every_mistake_is_a_line_and_the_code_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
