@@ -65,6 +65,7 @@ class Cell:
         content of files; names the record file, so that a new result takes the place of an older one.
     label: 'sampling_steps=4 num_proposals=100 seed=0', for people and for `--only`.
     measure: the suite's measurement settings, and 'device' as asked for ('auto' if not).
+    code: node kind -> digest of its code.
     missing: why the cell cannot be run, in one line: a file that it is about is not here. It has no nodes then, and
         its run id is not the one that it has where the file is.
     """
@@ -76,6 +77,7 @@ class Cell:
     nodes: dict[NodeKind, str]
     measure: dict[str, Any] = field(default_factory=dict)
     missing: str | None = None
+    code: dict[NodeKind, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ class _Builder:
             run_id, nodes = self._nodes(cell)
         except _Absent as absent:
             run_id, nodes, missing = _digest(["missing", label, resolved, self.measure]), {}, str(absent)
-        return Cell(run_id, label, cell.axes, resolved, nodes, asked, missing)
+        code = {kind: self.nodes[node_id].code for kind, node_id in nodes.items()}
+        return Cell(run_id, label, cell.axes, resolved, nodes, asked, missing, code)
 
     def _nodes(self, cell: SuiteCell) -> tuple[str, dict[NodeKind, str]]:
         """The run id and the nodes of a cell."""

@@ -66,14 +66,29 @@ def select(records: Sequence[Record], cells: Sequence[Cell] | None) -> Selection
     """
     if cells is None:
         kept, dropped = latest(sort_records(records))
-        notes = (f"{_count(dropped, 'older record')} of the same cells left out",) if dropped else ()
-        return Selection(tuple(kept), notes)
+        return Selection(
+            tuple(kept), (f"{_count(dropped, 'older record')} of the same cells left out",) if dropped else ()
+        )
     by_id = {record["run_id"]: record for record in records}
     suite = records[0]["suite"] if records else ""
     chosen = [by_id.get(cell.run_id) or _record_of_missing(cell, records) or _absent(cell, suite) for cell in cells]
     others = len(by_id.keys() - {record["run_id"] for record in chosen})
-    notes = (f"{_count(others, 'record')} of other versions or settings of this suite left out",) if others else ()
-    return Selection(tuple(chosen), notes)
+    notes = [f"{_count(others, 'record')} of other versions or settings of this suite left out"] if others else []
+    stale = [record for record, cell in zip(chosen, cells) if is_stale(record, cell)]
+    if stale:
+        example = stale[0]["run_id"]
+        notes.append(
+            f"{_count(len(stale), 'record')} of other code than today's: `diffbench explain {example}` says more"
+        )
+    return Selection(tuple(chosen), tuple(notes))
+
+
+def is_stale(record: Record, cell: Cell) -> bool:
+    """Was a record made by other code than its cell would run today? One of version 1 does not say by which."""
+    if record.get("status") not in ("ok", "failed"):
+        return False
+    known = record.get("code") or {}
+    return any(known.get(kind) != code for kind, code in cell.code.items() if kind in record.get("nodes", {}))
 
 
 def build_tables(records: Sequence[Record], specs: Iterable[Any] = ()) -> dict[str, Table]:

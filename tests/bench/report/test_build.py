@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench.report.build import (
     build_tables,
     default_plots,
     default_tables,
+    is_stale,
     read_records,
     select,
     write_plots,
@@ -150,3 +152,16 @@ def test_reports_load_neither_torch_nor_the_model_nor_matplotlib() -> None:
         check=True,
     )
     assert done.stdout.split("\n") == ["False", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "is_old"),
+    [({"score": "aa"}, False), ({"score": "bb"}, True), ({}, True), ({"score": "aa", "train": "cc"}, False)],
+)
+def test_a_record_of_other_code_is_told(recorded: dict[str, str], is_old: bool) -> None:
+    record = {**make_record(), "nodes": {"score": "score-1"}, "code": recorded}
+    cell = dataclasses.replace(_cell(record), code={"score": "aa", "train": "dd"})
+    assert is_stale(record, cell) is is_old
+    notes = select([record], [cell]).notes
+    assert [note.split(":")[0] for note in notes] == ["1 record of other code than today's"] * is_old
+    assert not is_stale({**record, "status": "missing"}, cell)
