@@ -68,5 +68,9 @@ class PeerCrash(BenchError):
     """The process of such an engine ended without a result, or with one that makes no sense."""
 
 
+class EvaluatorError(BenchError):
+    """Two evaluators of the same predictions disagree: a bug, and no score can be trusted until it is found."""
+
+
 class StoreError(BenchError):
     """The results folder cannot be used: not writable, or in use by another run."""

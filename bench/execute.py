@@ -441,6 +441,8 @@ class _Runner:
             "metrics": _metrics(cell, outputs, failed=bool(failures)),
             "samples": {name: value for part in outputs for name, value in part.get("samples", {}).items()},
             "per_class": {name: value for part in outputs for name, value in part.get("per_class", {}).items()},
+            "resamples": {name: value for part in outputs for name, value in part.get("resamples", {}).items()},
+            "checks": {name: value for part in outputs for name, value in part.get("checks", {}).items()},
             "environment": environment,
             "command": self._command,
             "started_at": min((run.started_at for run in node_runs.values()), default=None),
@@ -449,7 +451,9 @@ class _Runner:
             "log": failures[0].log if failures else None,
         }
         record = RunRecord.model_validate(content)
-        return RunRecord.model_validate(scrub(record.model_dump(), self._private)), environment["machine"]
+        told = record.model_dump()
+        resamples = told.pop("resamples")  # numbers in base64, which can look like a path
+        return RunRecord.model_validate(scrub(told, self._private) | {"resamples": resamples}), environment["machine"]
 
 
 def _metrics(cell: Cell, outputs: Sequence[dict[str, Any]], *, failed: bool) -> dict[str, Metric]:
@@ -517,7 +521,7 @@ def _reason(ended: _Ended, *, out_of_memory: bool) -> tuple[str, str]:
     if ended.error is not None:
         category, kind = ended.error["category"], ended.error["type"]
         # These are about what happened, not about what was typed: they fail the run, not the command.
-        return ("crash" if kind in ("TrainingError", "PeerCrash") else category), ended.error["text"]
+        return ("crash" if kind in ("TrainingError", "PeerCrash", "EvaluatorError") else category), ended.error["text"]
     if ended.code is None:
         return "killed", "the worker process ended" + (": the kernel ran out of memory" if out_of_memory else "")
     if ended.code == -signal.SIGKILL:

@@ -18,6 +18,7 @@ import torch
 from bench import external, torchvision_engine
 from bench.detectors import Detector, our_detector, torchvision_detector
 from bench.engines import EXTERNAL
+from bench.measure.accuracy import measure_accuracy
 from bench.measure.environment import process_environment
 from bench.measure.flops import count_flops, count_parameters
 from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
@@ -33,7 +34,6 @@ from diffinst.engine.evaluate import write_predictions
 from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, train
 from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.predictions import iter_predictions
-from diffinst.evaluation.scoring import metric_names, score_split
 from diffinst.model import DiffusionInst
 
 PREDICTIONS_FOLDER = "predictions"
@@ -129,30 +129,19 @@ def run_predict(job: Job) -> dict[str, Any]:
 
 
 def run_score(job: Job) -> dict[str, Any]:
-    """Compare stored predictions with the ground truth; needs no model."""
+    """Compare stored predictions with the ground truth, by two evaluators; needs no model."""
     config = _config(job)
     paths = catalog.resolve(config.data, "val", _data_root(job, job.inputs["dataset"].folder))
-    asked = tuple(job.node.spec["iou_types"])
-    scores = score_split(
+    found = measure_accuracy(
         config.data,
         paths.annotations,
         iter_predictions(job.inputs["predict"].folder / PREDICTIONS_FOLDER),
-        iou_types=asked,
+        job.folder,
+        iou_types=tuple(job.node.spec["iou_types"]),
         image_ids=paths.image_ids,
     )
-    no_masks = "the model predicts boxes only"
-    metrics = {
-        name: metric(name, scores.metrics.get(name), scores.reasons.get(name, no_masks))
-        for name in metric_names(config.data)
-    }
-    metrics |= {
-        "num_images": metric("num_images", scores.num_images),
-        "num_instances": metric("num_instances", scores.num_instances),
-    }
-    return {
-        "metrics": {name: value.model_dump() for name, value in metrics.items()},
-        "per_class": {f"{name}/AP": values for name, values in scores.per_class.items()},
-    }
+    job.files += found.files
+    return found.outputs()
 
 
 def run_latency(job: Job) -> dict[str, Any]:

@@ -9,8 +9,11 @@ import sys
 import time
 from typing import Any
 
+from bench.errors import EvaluatorError
 from bench.server import Job, serve
 from diffinst.errors import DataError
+
+LIKE_A_PATH = "/aaa/bbb/ccc+/dd"  # three numbers in base64
 
 
 def dataset(job: Job) -> dict[str, Any]:
@@ -46,6 +49,8 @@ def predict(job: Job) -> dict[str, Any]:
     job.describe_process({"device": "a fake"})
     model = (job.inputs["train"].folder / "model.txt").read_text()
     match job.node.spec.get("accident"):
+        case "disagree":
+            raise EvaluatorError("two evaluators disagree on segm/AP: 0.5 and 0.6")
         case "raise":
             raise ValueError(f"bad thing in {job.folder}")
         case "exit":
@@ -86,6 +91,10 @@ def score(job: Job) -> dict[str, Any]:
         },
         "per_class": {"segm/AP": {"disc": value, "ring": None}},
         "samples": {"latency_s": {"total": [0.25, 0.5]}},
+        "resamples": {
+            "segm/AP": {"images": "0", "num_images": 3, "seed": 0, "count": 3, "values": LIKE_A_PATH},
+        },
+        "checks": {"evaluators": {"max_difference": 0.0}},
     }
 
 

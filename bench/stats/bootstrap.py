@@ -26,14 +26,22 @@ _CHUNK = 250  # resamples at a time, to bound memory
 class Matches(Protocol):
     """What is read of a match table; see `diffinst.evaluation.matches.MatchTable`."""
 
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-    thresholds: np.ndarray
-    image: np.ndarray
-    category: np.ndarray
-    matched: np.ndarray
-    ignored: np.ndarray
-    num_instances: np.ndarray
+    @property
+    def image_ids(self) -> np.ndarray: ...
+    @property
+    def category_ids(self) -> np.ndarray: ...
+    @property
+    def thresholds(self) -> np.ndarray: ...
+    @property
+    def image(self) -> np.ndarray: ...
+    @property
+    def category(self) -> np.ndarray: ...
+    @property
+    def matched(self) -> np.ndarray: ...
+    @property
+    def ignored(self) -> np.ndarray: ...
+    @property
+    def num_instances(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,21 @@ class Resampler:
         self.num_images = len(matches.image_ids)
         self.num_thresholds = len(matches.thresholds)
         self._categories: list[tuple[np.ndarray, list[_Threshold], np.ndarray]] = []
+        self._ranks: list[np.ndarray] = []
         ends = np.searchsorted(matches.category, np.arange(len(matches.category_ids) + 1))
         for category, (first, end) in enumerate(zip(ends, ends[1:])):
+            image = matches.image[first:end]
             matched, ignored = matches.matched[:, first:end], matches.ignored[:, first:end]
+            # Neither what never counts nor what comes after the last right detection changes anything.
+            last = np.flatnonzero((matched & ~ignored).any(axis=0))[-1:]
+            kept = np.flatnonzero(~ignored.all(axis=0))
+            kept = kept[kept <= last] if len(last) else kept[:0]
+            self._ranks.append(_ranks(image)[kept])
+            image, matched, ignored = image[kept], matched[:, kept], ignored[:, kept]
             thresholds = [
                 _Threshold(np.flatnonzero(found & ~out), np.flatnonzero(out)) for found, out in zip(matched, ignored)
             ]
-            self._categories.append((matches.image[first:end], thresholds, matches.num_instances[category]))
+            self._categories.append((image, thresholds, matches.num_instances[category]))
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
         """AP of each category, threshold and resample.
@@ -118,6 +134,34 @@ class Resampler:
                 found[category, index, has_any] = areas[has_any]
         return found
 
+    def recall(self, weights: np.ndarray, *, max_detections: int | None = None) -> np.ndarray:
+        """Share of the instances that are found, mean over the thresholds.
+
+        Args:
+            weights: (I, B), as for `average_precision`.
+            max_detections: best detections of each image and category that count; None for all of the table.
+        Returns:
+            (K, B) fractions; NaN where a category has no instance in a resample.
+        """
+        weights = np.asarray(weights).astype(np.float64)
+        found = np.full((len(self._categories), weights.shape[1]), np.nan)
+        for category, (image, thresholds, num_instances) in enumerate(self._categories):
+            holders = np.flatnonzero(num_instances)
+            total = num_instances[holders].astype(np.float64) @ weights[holders]
+            has_any = total > 0
+            if not has_any.any():
+                continue
+            is_early = np.ones(len(image), dtype=bool)
+            if max_detections is not None:
+                is_early = self._ranks[category] < max_detections
+            right = np.zeros(self.num_images)
+            for threshold in thresholds:
+                np.add.at(right, image[threshold.right[is_early[threshold.right]]], 1.0)
+            places = np.flatnonzero(right)
+            share = right[places] @ weights[places]
+            found[category, has_any] = share[has_any] / total[has_any] / self.num_thresholds
+        return found
+
     @staticmethod
     def _areas(
         threshold: _Threshold, ranked: np.ndarray, weights: np.ndarray, total: np.ndarray, has_any: np.ndarray
@@ -138,6 +182,17 @@ class Resampler:
         reached = np.diff(_recalls_reached(recall), axis=0, prepend=0)
         areas: np.ndarray = (precision * reached).sum(axis=0) / len(RECALLS)
         return areas
+
+
+def _ranks(image: np.ndarray) -> np.ndarray:
+    """(D,) how many detections of the same image come before each one."""
+    order = np.argsort(image, kind="stable")
+    ordered = image[order]
+    is_first = np.diff(ordered, prepend=-1) != 0
+    starts = np.maximum.accumulate(np.where(is_first, np.arange(len(image)), 0))
+    ranks = np.empty(len(image), dtype=np.int64)
+    ranks[order] = np.arange(len(image)) - starts
+    return ranks
 
 
 def _is_same(one: _Threshold, other: _Threshold) -> bool:

@@ -70,6 +70,20 @@ class CocoScores:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Scorable:
+    """What is compared when predictions are scored, for any evaluator.
+
+    content: the ground truth of the scored images as the content of a COCO (or LVIS) file. results: the detections that
+    count, as COCO results by rising image id. image_ids: rising. missing: by IoU type, why it cannot be scored.
+    """
+
+    content: dict[str, Any]
+    results: list[dict[str, Any]]
+    image_ids: list[int]
+    missing: dict[IouType, str]
+
+
 def score_coco(
     annotations: str | Path | dict[str, Any],
     predictions: Iterable[Record],
@@ -91,6 +105,21 @@ def score_coco(
     Raises:
         DataError: the ground truth is malformed or has no areas, or predictions of other images or categories.
     """
+    scorable = prepare_coco(
+        annotations, predictions, class_agnostic=class_agnostic, image_ids=image_ids, skip_invalid=skip_invalid
+    )
+    return evaluate_coco(scorable, iou_types)
+
+
+def prepare_coco(
+    annotations: str | Path | dict[str, Any],
+    predictions: Iterable[Record],
+    *,
+    class_agnostic: bool = False,
+    image_ids: Iterable[int] | None = None,
+    skip_invalid: bool = False,
+) -> Scorable:
+    """Read and check what is to be scored; arguments and errors are those of `score_coco`."""
     if isinstance(annotations, dict):
         truth = parse_annotations(annotations, "annotations", skip_invalid=skip_invalid)
     else:
@@ -103,18 +132,23 @@ def score_coco(
     if class_agnostic:
         results = [{**result, "category_id": 1} for result in results]
     check_categories(truth, content, results)
+    return Scorable(content, results, ids, why_not_scored(truth, records))
 
+
+def evaluate_coco(scorable: Scorable, iou_types: Sequence[IouType] = IOU_TYPES) -> CocoScores:
+    """The scores of what `prepare_coco` has read."""
+    content, ids = scorable.content, scorable.image_ids
     metrics: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     per_class: dict[str, dict[str, float | None]] = {}
     for iou_type in iou_types:
-        missing = why_not_scored(iou_type, truth, records)
+        missing = scorable.missing.get(iou_type)
         if missing:
             metrics |= {f"{iou_type}/{name}": None for name in _METRICS}
             reasons |= {f"{iou_type}/{name}": missing for name in _METRICS}
             per_class[iou_type] = {}
             continue
-        tables = _evaluate(content, results, ids, iou_type)
+        tables = _evaluate(content, scorable.results, ids, iou_type)
         for name, (kind, threshold, size, limit) in _METRICS.items():
             value = mean_defined(_select(tables[kind], threshold, size, limit))
             metrics[f"{iou_type}/{name}"] = value
@@ -195,13 +229,13 @@ def check_categories(truth: CocoAnnotations, content: dict[str, Any], results: l
             )
 
 
-def why_not_scored(iou_type: IouType, truth: CocoAnnotations, records: list[Record]) -> str | None:
-    """What is missing for scores of this kind, if anything is."""
-    if iou_type == "segm" and any(record["segmentation"] is None for record in records):
-        return "the predictions have no masks"
-    if iou_type == "segm" and not truth.has_masks:
-        return "the ground truth has no masks"
-    return None
+def why_not_scored(truth: CocoAnnotations, records: list[Record]) -> dict[IouType, str]:
+    """What is missing for scores of a kind, if anything is."""
+    if any(record["segmentation"] is None for record in records):
+        return {"segm": "the predictions have no masks"}
+    if not truth.has_masks:
+        return {"segm": "the ground truth has no masks"}
+    return {}
 
 
 def _evaluate(

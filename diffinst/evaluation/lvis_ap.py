@@ -24,6 +24,7 @@ from diffinst.evaluation.coco_ap import (
     IOU_TYPES,
     CocoScores,
     IouType,
+    Scorable,
     check_categories,
     check_images,
     ground_truth,
@@ -71,6 +72,18 @@ def score_lvis(
     Raises:
         DataError: the ground truth is malformed or has no areas, or predictions of other images or categories.
     """
+    scorable = prepare_lvis(annotations, predictions, image_ids=image_ids, skip_invalid=skip_invalid)
+    return evaluate_lvis(scorable, iou_types)
+
+
+def prepare_lvis(
+    annotations: str | Path | dict[str, Any],
+    predictions: Iterable[Record],
+    *,
+    image_ids: Iterable[int] | None = None,
+    skip_invalid: bool = False,
+) -> Scorable:
+    """Read and check what is to be scored; arguments and errors are those of `score_lvis`."""
     if isinstance(annotations, dict):
         truth = parse_lvis(annotations, "annotations", skip_invalid=skip_invalid)
     else:
@@ -81,20 +94,24 @@ def score_lvis(
     content = _federated_truth(truth, ids)
     results = to_coco_results(records)
     check_categories(truth, content, results)
-    results = _best_of_each_image(results)
+    return Scorable(content, _best_of_each_image(results), ids, why_not_scored(truth, records))
 
+
+def evaluate_lvis(scorable: Scorable, iou_types: Sequence[IouType] = IOU_TYPES) -> CocoScores:
+    """The scores of what `prepare_lvis` has read."""
+    content = scorable.content
     metrics: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     per_class: dict[str, dict[str, float | None]] = {}
-    groups = [truth.frequency[category["id"]] for category in content["categories"]]
+    groups = [category["frequency"] for category in content["categories"]]
     for iou_type in iou_types:
-        missing = why_not_scored(iou_type, truth, records)
+        missing = scorable.missing.get(iou_type)
         if missing:
             metrics |= {f"{iou_type}/{name}": None for name in _METRICS}
             reasons |= {f"{iou_type}/{name}": missing for name in _METRICS}
             per_class[iou_type] = {}
             continue
-        precision = _evaluate(content, results, iou_type)
+        precision = _evaluate(content, scorable.results, iou_type)
         for name, (threshold, size, frequency) in _METRICS.items():
             part = precision[..., _SIZES.index(size)]
             if threshold is not None:
@@ -112,7 +129,7 @@ def score_lvis(
             for position, name in enumerate(unique_names(content["categories"]))
         }
         per_class[iou_type] = {name: value for name, value in by_class.items() if value is not None}
-    return CocoScores(metrics, reasons, per_class, len(ids), len(content["annotations"]))
+    return CocoScores(metrics, reasons, per_class, len(scorable.image_ids), len(content["annotations"]))
 
 
 def _federated_truth(truth: LvisAnnotations, ids: list[int]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import fake_plan
 import psutil
 import pytest
 from fake_plan import WORKER, make_plan
+from fake_worker import LIKE_A_PATH
 from rich.console import Console
 
 from bench.errors import BenchError, StoreError
@@ -92,6 +93,9 @@ def test_every_run_gets_its_record(root: Path) -> None:
     }
     assert last["per_class"] == {"segm/AP": {"disc": 0.1, "ring": None}}
     assert last["samples"] == {"latency_s": {"total": [0.25, 0.5]}}
+    # Numbers in base64 stay as they are where other texts lose their paths.
+    assert last["resamples"]["segm/AP"]["values"] == LIKE_A_PATH
+    assert last["checks"] == {"evaluators": {"max_difference": 0.0}}
     assert last["axes"] == {"steps": 5, "times": 2}
     assert last["environment"]["machine"] == outcome.machine
     assert last["environment"]["cpu"]["logical_cores"] >= 1
@@ -143,6 +147,13 @@ def test_every_way_to_fail_is_told(root: Path) -> None:
     raised = record(root, outcome, f"{0:016x}")
     assert 'raise ValueError(f"bad thing in {job.folder}")' in raised["log"]
     assert str(root.parent) not in json.dumps(raised)
+
+
+def test_evaluators_that_disagree_fail_the_run_and_are_nobodys_mistake(root: Path) -> None:
+    outcome = run(make_plan(accidents={1: "disagree"}), root)
+    assert (outcome.exit_code, len(outcome.ok), len(outcome.failed)) == (1, 3, 1)
+    failed = record(root, outcome, outcome.failed[0])
+    assert failed["reason"] == "predict: two evaluators disagree on segm/AP: 0.5 and 0.6"
 
 
 def test_a_failure_ends_one_run(root: Path) -> None:
