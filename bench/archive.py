@@ -36,7 +36,8 @@ MAX_MANIFEST_BYTES: Final = 64 * 1024**2
 MAX_UNCHECKED_BYTES: Final = 64 * 1024**2
 MAX_RATIO: Final = 100
 
-_ZIP64 = 0xFFFFFFFF  # a size or place from here on is written in 64 bits
+_ELSEWHERE = 0xFFFFFFFF  # in place of a size or place that is written in 64 bits
+_ZIP64 = _ELSEWHERE  # it is from here on
 _CHUNK = 1024**2
 _DATE = (0, 33)  # 1980-01-01, 00:00:00: the first that the format knows
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@-]*(/[A-Za-z0-9_][A-Za-z0-9_.,=+@-]*)*")
@@ -225,7 +226,7 @@ def _headers(entry: Entry, place: int) -> tuple[bytes, bytes]:
     """The header before an entry and its line in the directory."""
     name, size = entry.name.encode("ascii"), entry.size
     is_large, is_far = size >= _ZIP64, place >= _ZIP64
-    shown = _ZIP64 if is_large else size
+    shown = _ELSEWHERE if is_large else size
     needed = 45 if is_large or is_far else 20
     time, date = _DATE
     local_extra = struct.pack("<HHQQ", 1, 16, size, size) if is_large else b""
@@ -236,7 +237,7 @@ def _headers(entry: Entry, place: int) -> tuple[bytes, bytes]:
     central = struct.pack(
         "<IHHHHHHIIIHHHHHII",
         *(0x02014B50, 3 << 8 | needed, needed, *common, len(extra)),
-        *(0, 0, 0, 0o100644 << 16, _ZIP64 if is_far else place),
+        *(0, 0, 0, 0o100644 << 16, _ELSEWHERE if is_far else place),
     )
     return local + name + local_extra, central + name + extra
 
@@ -247,7 +248,7 @@ def _end(count: int, size: int, place: int) -> bytes:
         return struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, size, place, 0)
     large = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 3 << 8 | 45, 45, 0, 0, count, count, size, place)
     locator = struct.pack("<IIQI", 0x07064B50, 0, place + size, 1)
-    return large + locator + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, _ZIP64, _ZIP64, 0)
+    return large + locator + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, _ELSEWHERE, _ELSEWHERE, 0)
 
 
 def _check(file: BinaryIO, size: int, sha256: str | None, progress: Callable[[int, int], None]) -> Check:

@@ -109,7 +109,8 @@ def verify_pack_command(
     if found.findings:
         typer.echo(f"diffbench: {len(found.findings)} of what {archive} says is not so", err=True)
         raise typer.Exit(1)
-    scored = f"{found.scored} cells scored again to the same numbers" if rescore else "no cell scored again"
+    cells = "cell" if found.scored == 1 else "cells"
+    scored = f"{found.scored} {cells} scored again to the same numbers" if rescore else "no cell scored again"
     typer.echo(f"{archive}: {found.files} files as packed, {scored}, {found.tables} tables as the records give them")
 
 
