@@ -52,7 +52,7 @@ _NOT_OF = {
 
 # Of these, a model has one; a module that several need is in none of them.
 _BACKBONES = {name: f"diffinst.backbones.{name}" for name in ("resnet", "swin", "efficientnet", "tiny")}
-_READERS = {"shapes": "diffinst.data.shapes", "lvis": "diffinst.data.lvis"}
+_READERS = {"shapes": ("diffinst.data.shapes",), "lvis": ("diffinst.data.lvis", "diffinst.data.lvis_dataset")}
 _NEVER_TRUE = ("TYPE_CHECKING", "typing.TYPE_CHECKING", "__name__ == '__main__'")
 
 
@@ -83,7 +83,7 @@ def node_code(kind: str, engine: str = "diffinst", *, backbone: str = "", datase
         own = next((module for name, module in _BACKBONES.items() if backbone.startswith(name)), None)
         left_out += tuple(module for module in _BACKBONES.values() if own is not None and module != own)
     if dataset:
-        left_out += tuple(module for name, module in _READERS.items() if name != dataset)
+        left_out += tuple(module for name, modules in _READERS.items() if name != dataset for module in modules)
     return _source().code(roots, left_out)
 
 

@@ -112,7 +112,7 @@ def run_plan(
     """
     with store.lock(), _Interrupts() as interrupts:
         environment = machine_environment()
-        runner = _Runner(plan, store, environment, command, _private_texts(store, private or {}))
+        runner = _Runner(plan, store, environment, command, private_texts(store, private or {}))
         todo = needed_nodes(plan, store.is_done)
         screen = console or Console(stderr=True)
         with Display(screen, len(todo)) as display, _Worker(worker_command, store, interrupts, grace_s) as worker:
@@ -558,7 +558,8 @@ def _log_tail(path: Path, start: int) -> str:
     return "\n".join(text.splitlines()[-_LOG_LINES:])[-_LOG_CHARACTERS:]
 
 
-def _private_texts(store: Store, private: dict[str, str]) -> dict[str, str]:
+def private_texts(store: Store, private: dict[str, str]) -> dict[str, str]:
+    """What must not be told, such as folders and the host's name -> what stands for it; see `bench.record.scrub`."""
     found = {
         str(SOURCE_ROOT): "<source>",
         sys.prefix: "<python>",

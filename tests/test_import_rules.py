@@ -29,6 +29,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "diffinst.config": {"torch", "numpy", "bench"},
     "diffinst.errors": {"torch", "numpy", "pydantic", "bench"},
     "diffinst.data.catalog": {"torch", "bench"},
+    "diffinst.evaluation.scoring": {"torch", "bench"},
     "diffinst.model": {"bench", "matplotlib", "pandas"},
     "diffinst.engine.train": {"bench", "matplotlib", "pandas"},
     "diffinst.engine.evaluate": {"bench", "matplotlib", "pandas"},
@@ -51,6 +52,10 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.report.paper": {"torch", "diffinst.model", "pandas"},
     "bench.compare": {"torch", "diffinst.model", "diffinst.config", "matplotlib", "pandas"},
     "bench.compare_cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.archive": {"torch", "diffinst.model", "diffinst.config", "matplotlib", "pandas"},
+    "bench.pack": {"torch", "diffinst.model", "pandas"},
+    "bench.pack_cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.verify_pack": {"torch", "diffinst.model", "pandas"},
     "bench.stats.latency": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.bootstrap": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.scores": {"torch", "diffinst", "matplotlib", "pandas"},
@@ -65,6 +70,8 @@ MODEL_BRIDGE = (
     "bench.external",
     "bench.torchvision_engine",
     "bench.peers",  # in interpreters of their own
+    "bench.pack",  # finds and scores annotations, without torch
+    "bench.verify_pack",
 )
 
 

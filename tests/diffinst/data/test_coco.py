@@ -17,13 +17,8 @@ from pycocotools import mask as coco_mask
 
 from diffinst.config import DataConfig
 from diffinst.data import coco
-from diffinst.data.coco import (
-    CocoDataset,
-    decode_rle_counts,
-    open_dataset,
-    parse_annotations,
-    read_image,
-)
+from diffinst.data.annotations import decode_rle_counts, parse_annotations, read_annotations
+from diffinst.data.coco import CocoDataset, open_dataset, read_image
 from diffinst.data.transforms import boxes_of_masks
 from diffinst.errors import DataError
 
@@ -376,13 +371,13 @@ def test_not_an_object() -> None:
 def test_unreadable_json(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with pytest.raises(DataError, match=r"a\.json: cannot be read: No such file"):
-        coco.read_annotations(path)
+        read_annotations(path)
     path.write_text('{"images": [')
     with pytest.raises(DataError, match=r"a\.json: is not valid json: .*line 1 column 13"):
-        coco.read_annotations(path)
+        read_annotations(path)
     path.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DataError, match="is not valid json"):
-        coco.read_annotations(path)
+        read_annotations(path)
 
 
 def test_skipping_is_counted_by_the_data_set(tmp_path: Path) -> None:

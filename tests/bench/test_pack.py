@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coco_files import rle_of, tiny_content, write_set
+from run_records import make_record
+
+from bench.diffbench import main
+from bench.record import dump_json, metric
+from bench.store import NodeResult, Store
+from diffinst.config import DataConfig
+from diffinst.evaluation.predictions import PredictionWriter, iter_predictions
+from diffinst.evaluation.scoring import score_split
+
+MACHINE = "some-cpu"
+DATA = DataConfig(
+    dataset="custom",
+    val_annotations="set/instances.json",
+    val_images="set/images",
+    train_annotations="set/instances.json",
+    train_images="set/images",
+)
+
+
+def write_node(store: Store, kind: str, spec: dict[str, Any], inputs: list[str], files: dict[str, int]) -> str:
+    node_id = f"{kind}-0123456789abcdef"
+    done = NodeResult(
+        id=node_id,
+        kind=kind,
+        spec=spec,
+        inputs=inputs,
+        started_at="2026-01-02T03:04:05Z",
+        finished_at="2026-01-02T03:04:06Z",
+        duration_s=1.0,
+        attempts=1,
+        files=files,
+        outputs={"from": str(store.root.resolve())},
+        environment={"home": str(Path.home() / "secret")},
+    )
+    folder = store.folder(node_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").write_text(dump_json(done.model_dump()))
+    return node_id
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with `set/`, and in `results/` one scored run of it: half of the truth, slightly off."""
+    monkeypatch.chdir(tmp_path)
+    annotations, _ = write_set(tmp_path / "set", tiny_content())
+    store = Store(tmp_path / "results")
+    predictions = store.folder("predict-0123456789abcdef") / "predictions"
+    with PredictionWriter(predictions) as writer:
+        for image_id in (5, 8, 11):
+            mask = [[0] * 30 for _ in range(20)]
+            for y in range(4, 14):
+                mask[y][3:12] = [1] * 9
+            writer.add(
+                {
+                    "image_id": image_id,
+                    "category_id": [7, 3],
+                    "score": [0.9, 0.4],
+                    "bbox": [[3.0, 4.0, 9.0, 10.0], [9.0, 2.0, 20.0, 6.0]],
+                    "segmentation": [rle_of(np.array(mask)), rle_of(np.array(mask))],
+                }
+            )
+    shard = next(predictions.glob("*.jsonl"))
+    data = write_node(store, "dataset", {}, [], {})
+    predict = write_node(store, "predict", {}, [data], {f"predictions/{shard.name}": shard.stat().st_size})
+    score = write_node(store, "score", {"iou_types": ["bbox", "segm"]}, [predict, data], {})
+    scores = score_split(DATA, annotations, iter_predictions(predictions))
+    assert scores.metrics["segm/AP"]
+    record = make_record(
+        config={"data": DATA.model_dump(mode="json")},
+        nodes={"dataset": data, "predict": predict, "score": score},
+        metrics={
+            **{name: metric(name, value, scores.reasons.get(name)) for name, value in scores.metrics.items()},
+            "num_images": metric("num_images", scores.num_images),
+            "num_instances": metric("num_instances", scores.num_instances),
+        },
+        per_class={f"{name}/AP": values for name, values in scores.per_class.items()},
+    )
+    store.write_record(record, MACHINE)
+    return tmp_path
+
+
+def pack(*arguments: str, out: str = "x.zip") -> int:
+    return main(["pack", "results/steps", "--data-root", ".", "--out", out, *arguments])
+
+
+def change_record(folder: Path, **changes: Any) -> None:
+    path = folder / "results" / "steps" / MACHINE / "00ff.json"
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        content["metrics"][name.replace("__", "/")]["value"] = value
+    path.write_text(dump_json(content))
+
+
+def test_a_pack_scores_itself_again_without_what_it_was_made_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack() == 0
+    printed = capsys.readouterr().out
+    (folder / "results").rename(folder / "gone")
+    (folder / "set").rename(folder / "gone too")
+    assert main(["verify-pack", "x.zip", "--sha256", printed.partition("sha256 ")[2].split()[0]]) == 0
+    assert capsys.readouterr().out == (
+        "x.zip: 10 files as packed, 1 cell scored again to the same numbers, 3 tables as the records give them\n"
+    )
+
+
+def test_equal_results_give_equal_bytes(folder: Path) -> None:
+    assert pack() == 0
+    assert pack(out="y.zip") == 0
+    assert (folder / "x.zip").read_bytes() == (folder / "y.zip").read_bytes()
+
+
+def test_nothing_private_and_no_image(folder: Path) -> None:
+    assert pack() == 0
+    with zipfile.ZipFile(folder / "x.zip") as found:
+        for name in found.namelist():
+            assert not name.endswith((".png", ".jpg"))
+            assert str(folder).encode() not in found.read(name), name
+            assert str(Path.home()).encode() not in found.read(name), name
+
+
+def test_a_number_that_is_not_so_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_record(folder, segm__AP=0.25, num_images=4)
+    assert pack() == 0
+    capsys.readouterr()
+    assert main(["verify-pack", "x.zip"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "records/some-cpu/00ff.json (sampling_steps=1 seed=0): segm/AP is 0.25 in the record, and 0."
+    )
+    assert lines[1].endswith("num_images is 4 in the record, and 3 scored again")
+    assert main(["verify-pack", "x.zip", "--no-rescore"]) == 0
+
+
+def test_a_difference_within_rounding_is_none(folder: Path) -> None:
+    path = folder / "results" / "steps" / MACHINE / "00ff.json"
+    value = json.loads(path.read_text())["metrics"]["segm/AP"]["value"]
+    change_record(folder, segm__AP=value + 5e-10)
+    assert pack() == 0
+    assert main(["verify-pack", "x.zip"]) == 0
+    change_record(folder, segm__AP=value + 2e-9)
+    assert pack(out="y.zip") == 0
+    assert main(["verify-pack", "y.zip"]) == 1
+
+
+def test_annotations_that_were_left_out_are_found_and_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack("--no-annotations") == 0
+    with zipfile.ZipFile(folder / "x.zip") as found:
+        assert not [name for name in found.namelist() if name.startswith("annotations")]
+    capsys.readouterr()
+    assert main(["verify-pack", "x.zip"]) == 2
+    assert "--data-root DIR" in capsys.readouterr().err
+    assert main(["verify-pack", "x.zip", "--data-root", "."]) == 0
+    content = tiny_content()
+    content["annotations"][0]["area"] = 99
+    write_set(folder / "set", content)
+    capsys.readouterr()
+    assert main(["verify-pack", "x.zip", "--data-root", "."]) == 1
+    assert "annotations of 'custom' are not those that the archive was packed with" in capsys.readouterr().out
+
+
+def test_a_record_without_its_predictions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next((folder / "results" / ".store").rglob("*.jsonl")).unlink()
+    assert pack() == 2
+    assert "some-cpu/00ff: its predictions are not stored in" in capsys.readouterr().err
+    assert not (folder / "x.zip").exists()
+    assert pack("--partial") == 0
+    capsys.readouterr()
+    assert main(["verify-pack", "x.zip"]) == 1
+    assert "no cell could be scored again" in capsys.readouterr().out
+
+
+def test_a_table_that_the_records_do_not_give_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.archive import check_archive, read_entries, write_archive
+
+    assert pack() == 0
+    manifest = check_archive(folder / "x.zip").manifest
+    assert manifest is not None
+    with zipfile.ZipFile(folder / "x.zip") as found:
+        files: dict[str, bytes | Path] = {
+            name: found.read(name) for name in found.namelist() if name != "manifest.json"
+        }
+    assert dict(read_entries(folder / "x.zip", manifest))["plan.json"] == files["plan.json"]
+    files["report/some-cpu/cells.csv"] = b"segm/AP\n1.0\n"
+    facts = {name: value for name, value in manifest.items() if name not in ("version", "files")}
+    write_archive(folder / "y.zip", files, facts)
+    capsys.readouterr()
+    assert main(["verify-pack", "y.zip"]) == 1
+    assert capsys.readouterr().out == "report/some-cpu/cells.csv: is not what the records give\n"
+
+
+def test_verifying_loads_no_torch(folder: Path) -> None:
+    assert pack() == 0
+    code = "import sys; from bench.diffbench import main; code = main(['verify-pack', 'x.zip']); "
+    code += "print(code, [name for name in ('torch', 'torchvision', 'diffinst.model') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "results/steps", "--out", "x.tar"], "ends in .zip"),
+        (["pack", "results/other", "--out", "x.zip"], "no records"),
+        (["pack", "results/steps", "--out", "x.zip", "--machine", "m"], "Allowed: some-cpu"),
+        (["pack", "results/steps", "--out", "x.zip", "--set", "a=1"], "--set needs a suite file"),
+        (["verify-pack", "none.zip"], "none.zip: cannot be read"),
+        (["verify-pack", "none.zip", "--sha256", "12"], "64 hex digits"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert folder.is_dir()
+
+
+def test_none_is_overwritten(folder: Path) -> None:
+    (folder / "x.zip").write_text("mine")
+    assert pack() == 2
+    assert (folder / "x.zip").read_text() == "mine"
