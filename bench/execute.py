@@ -144,9 +144,9 @@ def _environment(store: Store, private: dict[str, str]) -> dict[str, Any]:
         common = {tempfile.gettempdir(), sys.prefix, sys.base_prefix}
         reason = private_reason(source.patch, [text for text in private if text not in common])
         kept = store.keep_provenance(source.file_name, source.patch, publish=reason is None)
-        environment["diff"] |= (
-            {"file": kept} if reason is None else {"file": None, "reason": f"kept in {kept}: {reason}"}
-        )
+        environment["diff"]["file"] = kept
+        if reason is not None:
+            environment["diff"]["reason"] = f"not among what is committed: {reason}"
     return environment
 
 
