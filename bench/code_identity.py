@@ -34,7 +34,11 @@ _PEER_ROOTS = {"detectron2": ("bench.peers.run_peer:run",), "original": ("bench.
 # configuration's checks, since the resolved values are in the node's spec.
 _NEVER = (
     *("bench.server", "bench.record", "bench.store", "bench.engines", "bench.errors"),
-    *("bench.measure.environment", "diffinst.config", "diffinst.errors"),
+    *(
+        f"bench.measure.{name}"
+        for name in ("environment", "moments", "source", "packages", "cpu", "gpu", "determinism")
+    ),
+    *("diffinst.config", "diffinst.errors"),
 )
 _OURS = (
     *("diffinst.build", "diffinst.model", "diffinst.heads", "diffinst.diffusion", "diffinst.losses"),

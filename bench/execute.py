@@ -28,7 +28,9 @@ from rich.console import Console
 
 from bench.display import Display
 from bench.errors import BenchError
-from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, machine_environment
+from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, environment_id, machine_environment
+from bench.measure.packages import packages_lock
+from bench.measure.source import private_reason, source_state
 from bench.plan import Cell, Node, Plan, needed_nodes
 from bench.record import Metric, NodeRun, RunRecord, metric, scrub
 from bench.store import NodeResult, Store, now_text
@@ -111,9 +113,10 @@ def run_plan(
         StoreError: the results folder cannot be used. BenchError: the worker process cannot be started.
     """
     with store.lock(), _Interrupts() as interrupts:
-        environment = machine_environment()
-        runner = _Runner(plan, store, environment, command, private_texts(store, private or {}))
+        hidden = private_texts(store, private or {})
         todo = needed_nodes(plan, store.is_done)
+        environment = _environment(store, hidden) if todo else machine_environment()
+        runner = _Runner(plan, store, environment, command, hidden)
         screen = console or Console(stderr=True)
         with Display(screen, len(todo)) as display, _Worker(worker_command, store, interrupts, grace_s) as worker:
             runner.tell_missing(display)
@@ -128,6 +131,23 @@ def run_plan(
                     runner.write_finished(display, unsettled=waiting)
         runner.outcome.interrupted = interrupts.count > 0
         return runner.outcome
+
+
+def _environment(store: Store, private: dict[str, str]) -> dict[str, Any]:
+    """The machine's facts, with the patch and the lock that they name kept under the results folder."""
+    source, lock = source_state(), packages_lock()
+    environment = machine_environment(source)
+    name = f"{environment['packages_lock']['sha256'][:16]}.lock.txt"
+    environment["packages_lock"]["file"] = store.keep_provenance(name, lock.encode())
+    if source.patch is not None and source.file_name is not None:
+        # Folders that any machine has tell nothing.
+        common = {tempfile.gettempdir(), sys.prefix, sys.base_prefix}
+        reason = private_reason(source.patch, [text for text in private if text not in common])
+        kept = store.keep_provenance(source.file_name, source.patch, publish=reason is None)
+        environment["diff"]["file"] = kept
+        if reason is not None:
+            environment["diff"]["reason"] = f"not among what is committed: {reason}"
+    return environment
 
 
 class _Interrupts:
@@ -419,12 +439,15 @@ class _Runner:
         results = {kind: done for kind, node_id in cell.nodes.items() if (done := self._store.result(node_id))}
         failures = [self.outcome.failures[node] for node in cell.nodes.values() if node in self.outcome.failures]
         environment = next((results[kind].environment for kind in _MEASURING if kind in results), self._environment)
+        conditions = {kind: found for kind, done in results.items() if (found := done.environment.get("conditions"))}
         node_runs = {kind: _node_run(done) for kind, done in results.items()}
         finished_at = [done.finished_at for done in results.values()]
         if failures:
             environment = failures[0].environment
             node_runs |= {self._plan.nodes[failure.node_id].kind: failure.run for failure in failures}
             finished_at.append(now_text())
+        if conditions:  # of every node that has some, not of the one whose process is described
+            environment = environment | {"conditions": conditions}
         outputs = [done.outputs for done in results.values()]
         content = {
             "suite": self._plan.suite_name,
@@ -444,6 +467,7 @@ class _Runner:
             "resamples": {name: value for part in outputs for name, value in part.get("resamples", {}).items()},
             "checks": {name: value for part in outputs for name, value in part.get("checks", {}).items()},
             "environment": environment,
+            "environment_id": environment_id(environment),
             "command": self._command,
             "started_at": min((run.started_at for run in node_runs.values()), default=None),
             "finished_at": max(finished_at, default=None),

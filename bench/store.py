@@ -3,6 +3,7 @@
     DIR/<suite>/<machine>/<run_id>.json            records, committed by people
     DIR/<suite>/<machine>/history/<run_id>.N.json  records whose place a differing one took, and failures that came
                                                    after a result (a failure never takes its place)
+    DIR/provenance/<digest>.patch, .lock.txt       what records name: the source's difference, the packages installed
     DIR/.store/<node_id>/                          what a node computed: node.json first, done.json last
     DIR/.store/code/<digest>.json                  the definitions that a digest of code stands for
     DIR/.store/fingerprints.json                   digests of data files, by size and times
@@ -87,8 +88,8 @@ def now_text() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def write_atomic(path: Path, text: str, *, replace: bool = True) -> None:
-    """Write `text` to `path` so that after a crash at any moment there is the old file or the new one, whole.
+def write_atomic(path: Path, text: str | bytes, *, replace: bool = True) -> None:
+    """Write `text` (UTF-8) to `path` so that after a crash at any moment there is the old file or the new one, whole.
 
     Raises:
         FileExistsError: `path` exists and `replace` is False.
@@ -98,8 +99,8 @@ def write_atomic(path: Path, text: str, *, replace: bool = True) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(text.encode() if isinstance(text, str) else text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o644)  # mkstemp makes files private; records are shared
@@ -177,6 +178,8 @@ class Store:
             self._check_writable()
             _remove_temporary(self.root, "[!.]*/*/")
             _remove_temporary(self.root, "[!.]*/*/history/")
+            for folder in self._provenance_folders():
+                _remove_temporary(folder)
             yield
         finally:
             os.close(handle)
@@ -296,6 +299,34 @@ class Store:
 
     def _code_path(self, digest: str) -> Path:
         return self.nodes_folder / "code" / f"{digest}.json"
+
+    # -- provenance ---------------------------------------------------------------------------------------------------
+
+    def keep_provenance(self, name: str, content: bytes, *, publish: bool = True) -> str:
+        """Keep a file whose name follows from its content; once written it is never touched again.
+
+        Args:
+            publish: among what people commit; otherwise among what is not committed.
+        Returns:
+            Its path in the results folder.
+        Raises:
+            StoreError: the folder cannot be written to, or holds something else under the name.
+        """
+        folder = self._provenance_folders()[0 if publish else 1]
+        path = folder / name
+        try:
+            folder.mkdir(exist_ok=True)
+            found = path.read_bytes() if path.exists() else None
+        except OSError as error:
+            raise _unusable(path, error) from error
+        if found is None:
+            write_atomic(path, content)
+        elif found != content:
+            raise StoreError(f"{path}: damaged: it is not what its name says. Delete it, and it is written anew")
+        return str(path.relative_to(self.root))
+
+    def _provenance_folders(self) -> tuple[Path, Path]:
+        return self.root / "provenance", self.nodes_folder / "provenance"
 
     # -- records ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from bench import external, torchvision_engine
 from bench.detectors import Detector, our_detector, torchvision_detector
 from bench.engines import EXTERNAL
 from bench.measure.accuracy import measure_accuracy
+from bench.measure.determinism import OperatorRecorder, unseen
 from bench.measure.environment import process_environment
 from bench.measure.flops import count_flops, count_parameters
 from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
 from bench.measure.memory import peak_memory_bytes, reset_peak
+from bench.measure.moments import Moment, conditions_between
 from bench.record import metric
 from bench.server import Input, Job, serve
 from diffinst.build import build_model, seeded_model
@@ -31,12 +34,14 @@ from diffinst.config import Config
 from diffinst.data import catalog
 from diffinst.data.coco import CocoDataset, open_dataset
 from diffinst.engine.evaluate import write_predictions
-from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, train
+from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, diffusion_losses, train
 from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.predictions import iter_predictions
 from diffinst.model import DiffusionInst
+from diffinst.structures import Detections, Sample
 
 PREDICTIONS_FOLDER = "predictions"
+_NOT_WATCHED = "computed by an engine in an interpreter of its own"
 _MAX_LOADED_IMAGES = 64  # decoded before timing begins; more would cost memory and add nothing
 
 
@@ -62,7 +67,7 @@ def run_dataset(job: Job) -> dict[str, Any]:
 def run_train(job: Job) -> dict[str, Any]:
     """Train to the end, going on from a checkpoint if there is one; leaves `model.safetensors`."""
     config, device = _config(job), _device(job)
-    job.describe_process(process_environment(device))
+    start = _begin(job, device)
     dataset = open_dataset(config.data, "train", _data_root(job, job.inputs["dataset"].folder))
     asked = config.model.num_classes
     if asked not in (None, dataset.num_classes):
@@ -72,19 +77,34 @@ def run_train(job: Job) -> dict[str, Any]:
         )
     engine = job.node.options.get("engine")
     if engine is not None and engine["name"] in EXTERNAL:
-        return _train_external(job, dataset, device)
+        return _train_external(job, dataset, device, start)
     model: torch.nn.Module
     if engine is not None:
         network = torchvision_engine.build_network(engine["recipe"], dataset.num_classes, config.train.seed)
         model, losses = network, torchvision_engine.network_losses(network)
     else:
         model_config = config.model.model_copy(update={"num_classes": dataset.num_classes})
-        model, losses = seeded_model(model_config, config.train.seed), None
+        ours = seeded_model(model_config, config.train.seed)
+        model, losses = ours, diffusion_losses(ours, dataset, config)
 
     def show(state: TrainProgress) -> None:
         job.progress(state.iteration, state.iterations, f"loss {state.total:.3f}")
 
-    path = train(model, dataset, config, job.folder, losses=losses, device=device, progress=show, stop=job.stop)
+    recorder, first = OperatorRecorder(), contextlib.ExitStack()
+
+    def first_watched(samples: list[Sample], iteration: int) -> dict[str, torch.Tensor]:
+        # Not before: processes that load images are forked when the first batch is asked for.
+        if not recorder.count:
+            first.enter_context(recorder)
+        return losses(samples, iteration)
+
+    def stop() -> bool:  # asked after each iteration but the last
+        first.close()
+        return job.stop()
+
+    with first:
+        path = train(model, dataset, config, job.folder, losses=first_watched, device=device, progress=show, stop=stop)
+    _end(job, device, start, recorder.facts("the first iteration") if recorder.count else unseen("resumed at its end"))
     if job.stop():
         return {}
     job.files.append(path)
@@ -108,13 +128,18 @@ def run_weights(job: Job) -> dict[str, Any]:
 def run_predict(job: Job) -> dict[str, Any]:
     """Predict the validation split, going on after the shards that are there."""
     config, device = _config(job), _device(job)
-    job.describe_process(process_environment(device))
+    start = _begin(job, device)
     dataset = _val_dataset(job)
     if _is_external(job):
-        return _predict_external(job, dataset, device)
-    detector = _detector(job, dataset, device)
+        return _predict_external(job, dataset, device, start)
+    detector, recorder = _detector(job, dataset, device), OperatorRecorder()
+
+    def detect(samples: Sequence[Sample]) -> list[Detections]:
+        with contextlib.nullcontext() if recorder.count else recorder:
+            return detector.detect(samples, _untimed)
+
     done = write_predictions(
-        lambda samples: detector.detect(samples, _untimed),
+        detect,
         dataset,
         job.folder / PREDICTIONS_FOLDER,
         batch_size=config.data.eval_batch_size if detector.resized else 1,
@@ -124,6 +149,8 @@ def run_predict(job: Job) -> dict[str, Any]:
         progress=lambda done, total: job.progress(done, total, "images"),
         stop=job.stop,
     )
+    seen = recorder.facts("the first batch") if recorder.count else unseen("all images were predicted before")
+    _end(job, device, start, seen)
     job.files += sorted((job.folder / PREDICTIONS_FOLDER).glob("*.jsonl"))
     return {"num_images": done}
 
@@ -147,10 +174,11 @@ def run_score(job: Job) -> dict[str, Any]:
 def run_latency(job: Job) -> dict[str, Any]:
     """Time single images, decoded beforehand, and take this process's peak memory; count operations and parameters."""
     device, asked = _device(job), job.node.spec["measure"]
-    job.describe_process(process_environment(device))
+    start = _begin(job, device)
     dataset = _val_dataset(job)
     if _is_external(job):
         result = _run_external(job, "latency", dataset, device, measure=asked)
+        _end(job, device, start)
         return external.latency_outputs(job.node.options["engine"]["name"], result, asked) if result else {}
     detector = _detector(job, dataset, device)
     load = dataset.test_sample if detector.resized else dataset.original_sample
@@ -159,6 +187,7 @@ def run_latency(job: Job) -> dict[str, Any]:
     def run_one(index: int, timer: Timer) -> None:
         detector.detect([samples[index]], timer)
 
+    start = Moment.now(device)  # loading is over
     reset_peak(device)
     timed = measure_latency(
         run_one,
@@ -170,6 +199,7 @@ def run_latency(job: Job) -> dict[str, Any]:
     )
     # Before the counter runs, which keeps more alive than a detection does.
     peaks = peak_memory_bytes(device)
+    _end(job, device, start)
     found: dict[str, float | None] = {}
     outputs: dict[str, Any] = {}
     timed = {scope: values for scope, values in timed.items() if scope in (*detector.scopes, TOTAL)}
@@ -186,6 +216,18 @@ def run_latency(job: Job) -> dict[str, Any]:
     metrics = {name: metric(name, value, reason) for name, value in found.items()} | untimed
     outputs["metrics"] = {name: value.model_dump() for name, value in metrics.items()}
     return outputs
+
+
+def _begin(job: Job, device: str) -> Moment:
+    """Note what is known of this process before it works; the machine's state is noted with the end, see `_end`."""
+    job.describe_process(process_environment(device))
+    return Moment.now(device)
+
+
+def _end(job: Job, device: str, start: Moment, determinism: dict[str, Any] | None = None) -> None:
+    """Note the machine's state at the start and now, what happened between, and whether the bits would be the same."""
+    seen = {} if determinism is None else {"determinism": determinism}
+    job.environment["conditions"] = conditions_between(start, Moment.now(device)) | seen
 
 
 def _untimed(scope: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001 - a timer is told the scope
@@ -216,18 +258,20 @@ def _run_external(
     return result
 
 
-def _train_external(job: Job, dataset: CocoDataset, device: str) -> dict[str, Any]:
+def _train_external(job: Job, dataset: CocoDataset, device: str, start: Moment) -> dict[str, Any]:
     result = _run_external(job, "train", dataset, device)
     if not result:
         return {}
+    _end(job, device, start, unseen(_NOT_WATCHED))
     job.files += [job.folder / external.WEIGHTS_NAME, job.folder / external.LOSSES_NAME]
     return {name: result[name] for name in ("last_losses", "num_parameters")}
 
 
-def _predict_external(job: Job, dataset: CocoDataset, device: str) -> dict[str, Any]:
+def _predict_external(job: Job, dataset: CocoDataset, device: str, start: Moment) -> dict[str, Any]:
     folder = job.folder / PREDICTIONS_FOLDER
     if not _run_external(job, "predict", dataset, device):
         return {}
+    _end(job, device, start, unseen(_NOT_WATCHED))
     results = job.folder / external.RESULTS_NAME
     name = job.node.options["engine"]["name"]
     done = external.write_shards(name, results, dataset, dataset.file_sizes(), folder)

@@ -40,6 +40,8 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
     "bench.start": {"torch", "diffinst.model", "matplotlib"},
     "bench.execute": {"torch", "diffinst.model", "matplotlib"},
+    "bench.measure.environment": {"torch", "diffinst", "pynvml", "pandas"},
+    "bench.measure.source": {"torch", "diffinst", "pandas"},
     "bench.report.tables": {"torch", "diffinst.model"},
     "bench.report.plots": {"torch", "diffinst.model"},
     "bench.cli": {"torch", "diffinst.model", "matplotlib", "pandas"},

@@ -7,20 +7,21 @@ process that measures, from within it.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import json
 import os
 import platform
 import re
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
 
-SOURCE_ROOT = Path(__file__).resolve().parents[2]
-DISTRIBUTION = "diffinst-bench"
+from bench.measure.cpu import cpu_facts
+from bench.measure.gpu import gpu_facts
+from bench.measure.packages import lock_digest, needed_packages, packages_lock
+from bench.measure.source import SOURCE_ROOT, Source, source_state
+
+__all__ = ["SOURCE_ROOT", "environment_id", "machine_environment", "machine_slug", "process_environment"]
 
 # Set for child processes unless the user has set it: keeps numpy from starting threads at import, as a process that
 # forks must have one only. OMP_WAIT_POLICY=PASSIVE and THP_MEM_ALLOC_ENABLE=1, which help large operators on a busy
@@ -45,29 +46,29 @@ RECORDED_VARIABLES = (
 )
 
 
-def machine_environment() -> dict[str, Any]:
+def machine_environment(source: Source | None = None) -> dict[str, Any]:
     """Facts that hold for every process of this machine and installation.
 
+    Args:
+        source: what `source_state` found, if it was asked already.
     Returns:
         machine (a readable slug, the records' folder), commit and dirty (None where the source is no git checkout),
-        packages {name: version}, python, os, architecture, cpu, memory_bytes, gpus.
+        diff where it is dirty (see `Source.facts`), packages {name: version}, packages_lock (of all that is installed:
+        sha256, distributions), python, os, architecture, cpu, memory_bytes, gpus, and gpus_reason where there are none.
     """
-    commit, dirty = _source_state()
+    lock = packages_lock()
+    gpus, reason = gpu_facts()
     facts = {
-        "commit": commit,
-        "dirty": dirty,
-        "packages": _packages(),
+        **(source or source_state()).facts(),
+        "packages": needed_packages(),
+        "packages_lock": {"sha256": lock_digest(lock), "distributions": len(lock.splitlines())},
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "os": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "cpu": {
-            "model": _cpu_model(),
-            "physical_cores": psutil.cpu_count(logical=False),
-            "logical_cores": psutil.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
-        },
+        "cpu": cpu_facts(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
+        "gpus": gpus,
+        **({"gpus_reason": reason} if reason else {}),
     }
     return {"machine": machine_slug(facts), **facts}
 
@@ -97,21 +98,17 @@ def process_environment(device: str = "cpu") -> dict[str, Any]:
     """
     import torch
 
+    from bench.measure.determinism import determinism_flags
+
     threads = {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()}
-    flags = {
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    facts: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "threads": threads,
+        "flags": determinism_flags(device),
     }
-    facts: dict[str, Any] = {"device": device, "torch": torch.__version__, "threads": threads, "flags": flags}
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        flags |= {
-            "cudnn_deterministic": torch.backends.cudnn.deterministic,
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-            "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
-        }
         facts |= {
             "device_name": properties.name,
             "device_memory_bytes": properties.total_memory,
@@ -122,82 +119,52 @@ def process_environment(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
-def _run(*command: str, timeout_s: float = 20) -> str | None:
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            # Looking must not write: `git status` would otherwise refresh the index under somebody's feet.
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+# What can change a number or a time, of the machine and of the process. Not the commit, which has an identity of its
+# own; not what changes by itself: loads, clocks, temperatures; not which of two equal devices it was.
+_IDENTIFYING = ("machine", "packages_lock", "python", "os", "architecture", "memory_bytes")
+_IDENTIFYING_CPU = (
+    "model",
+    "physical_cores",
+    "usable_cores",
+    "quota_cores",
+    "hyper_threading",
+    "numa_nodes",
+    "governor",
+)
+_IDENTIFYING_GPU = ("name", "memory_bytes", "driver", "cuda_driver", "power_limit_w", "mig")
+_IDENTIFYING_PROCESS = (
+    "device",
+    "device_name",
+    "device_memory_bytes",
+    "engine",
+    "python",
+    "packages",
+    "torch",
+    "cuda",
+    "cudnn",
+    "threads",
+    "flags",
+    "variables",
+)
 
 
-def _source_state() -> tuple[str | None, bool | None]:
-    git = ("git", "-C", str(SOURCE_ROOT))
-    top = _run(*git, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != SOURCE_ROOT:
-        return None, None  # installed from a wheel, or inside somebody else's repository
-    commit = _run(*git, "rev-parse", "HEAD")
-    # Results are being written while we look; only what can change a number counts.
-    changes = _run(*git, "status", "--porcelain", "--", "diffinst", "bench", "suites", "pyproject.toml")
-    return commit, None if changes is None else bool(changes)
+def environment_id(environment: Mapping[str, Any]) -> str:
+    """16 hex digits that are equal where nothing differs that can change a number or a time; the code stands apart.
+
+    Args:
+        environment: as in a record: `machine_environment` with `process`. What is missing counts as missing.
+    """
+    content = {
+        **_chosen(environment, _IDENTIFYING),
+        "cpu": _chosen(environment.get("cpu") or {}, _IDENTIFYING_CPU),
+        "gpus": [_chosen(gpu, _IDENTIFYING_GPU) for gpu in environment.get("gpus") or []],
+        "process": _chosen(environment.get("process") or {}, _IDENTIFYING_PROCESS),
+    }
+    # Which files hold what, and how many there are, is no condition.
+    content["packages_lock"] = (environment.get("packages_lock") or {}).get("sha256")
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _installed() -> dict[str, importlib.metadata.Distribution]:
-    return {_canonical(found.name): found for found in importlib.metadata.distributions() if found.name}
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-@cache
-def _packages() -> dict[str, str]:
-    """Installed packages that ours needs, directly or not, with their versions."""
-    installed = _installed()
-    found: dict[str, str] = {}
-    waiting = [DISTRIBUTION]
-    while waiting:
-        name = _canonical(waiting.pop())
-        distribution = installed.get(name)
-        if distribution is None or name in found:
-            continue
-        found[name] = distribution.version
-        for requirement in distribution.requires or []:
-            match = re.match(r"[A-Za-z0-9._-]+", requirement)
-            # Extras of others say nothing about us; our own count where they are installed.
-            if match and ("extra ==" not in requirement or name == DISTRIBUTION):
-                waiting.append(match[0])
-    return dict(sorted(found.items()))
-
-
-def _cpu_model() -> str:
-    if sys.platform == "linux":
-        try:
-            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
-        match = re.search(r"^(?:model name|Model|Hardware|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
-        if match:
-            return " ".join(match[1].split())
-    if sys.platform == "darwin":
-        return _run("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[dict[str, Any]]:
-    text = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
-    gpus = []
-    for line in (text or "").splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3:
-            memory = int(parts[1]) * 2**20 if parts[1].isdigit() else None
-            gpus.append({"name": parts[0], "memory_bytes": memory, "driver": parts[2]})
-    return gpus
+def _chosen(facts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: facts[name] for name in names if facts.get(name) is not None}

@@ -23,6 +23,8 @@ def conditions(records: Sequence[Record]) -> tuple[str, ...]:
         *_fixed_axes(records),
         _each(records, "", _machine),
         _each(records, "", _software),
+        _each(records, "environment", lambda record: record.get("environment_id")),
+        _each(records, "", _determinism),
         _each(records, "commit", _commit),
     ]
     return tuple(phrase for phrase in phrases if phrase)
@@ -124,6 +126,14 @@ def _software(record: Record) -> str | None:
     packages = environment.get("process", {}).get("packages") or environment.get("packages", {})
     version = packages.get("torch")
     return f"torch {version}" if version else None
+
+
+def _determinism(record: Record) -> str | None:
+    """'bitwise', or the least that one of its nodes is; None for records from before it was noted."""
+    nodes = record.get("environment", {}).get("conditions", {})
+    levels = {node["determinism"]["level"] for node in nodes.values() if "determinism" in node}
+    found = next((level for level in ("not bitwise", "unknown", "bitwise") if level in levels), None)
+    return {"not bitwise": "not bitwise repeatable", "bitwise": "bitwise repeatable"}.get(str(found))
 
 
 def _commit(record: Record) -> str | None:

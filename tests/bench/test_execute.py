@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -20,8 +21,11 @@ from fake_plan import WORKER, make_plan
 from fake_worker import LIKE_A_PATH
 from rich.console import Console
 
+from bench import execute
 from bench.errors import BenchError, StoreError
 from bench.execute import RunOutcome, run_plan
+from bench.measure.environment import environment_id
+from bench.measure.source import Source
 from bench.plan import Plan, needed_nodes
 from bench.store import Store
 
@@ -104,6 +108,31 @@ def test_every_run_gets_its_record(root: Path) -> None:
     assert last["duration_s"] == pytest.approx(sum(part["duration_s"] for part in last["node_runs"].values()))
     screen = (root.parent / "screen.txt").read_text()
     assert "ok      steps=5 times=2  segm/AP 0.1000" in screen
+
+
+def test_the_record_names_the_patch_and_the_lock_that_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source("0" * 40, dirty=True, patch=b"--- a/bench/x.py\n")
+    monkeypatch.setattr(execute, "source_state", lambda: source)
+    outcome = run(make_plan(), root)
+    last = record(root, outcome, outcome.ok[-1])
+    environment = last["environment"]
+    assert environment["diff"] == {"sha256": source.digest, "bytes": 17, "file": f"provenance/{source.file_name}"}
+    assert (root / environment["diff"]["file"]).read_bytes() == source.patch
+    lock = (root / environment["packages_lock"]["file"]).read_text()
+    assert hashlib.sha256(lock.encode()).hexdigest() == environment["packages_lock"]["sha256"]
+    assert "numpy==" in lock
+    assert last["environment_id"] == environment_id(environment)
+
+
+def test_a_patch_that_tells_the_machine_stays_with_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source("0" * 40, dirty=True, patch=f"+data: {Path.home()}/coco\n".encode())
+    monkeypatch.setattr(execute, "source_state", lambda: source)
+    outcome = run(make_plan(), root)
+    diff = record(root, outcome, outcome.ok[-1])["environment"]["diff"]
+    assert diff["file"] == f".store/provenance/{source.file_name}"
+    assert diff["reason"].startswith("not among what is committed: it")
+    assert (root / diff["file"]).read_bytes() == source.patch
+    assert not list((root / "provenance").glob("*.patch"))
 
 
 def test_a_second_time_nothing_runs_and_nothing_changes(root: Path) -> None:

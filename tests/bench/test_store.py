@@ -220,3 +220,30 @@ def test_leftovers_of_a_kill_go_when_the_folder_is_locked(store: Store) -> None:
     with store.lock():
         assert not leftover.exists()
     assert len(store.records()) == 1
+
+
+def test_what_records_name_is_kept_once_and_never_touched(store: Store) -> None:
+    with store.lock():
+        name = store.keep_provenance("ab.patch", b"caf\xe9\n")
+        before = (store.root / name).stat().st_mtime_ns
+        assert store.keep_provenance("ab.patch", b"caf\xe9\n") == name == "provenance/ab.patch"
+        assert (store.root / name).read_bytes() == b"caf\xe9\n"
+        assert (store.root / name).stat().st_mtime_ns == before
+        assert store.keep_provenance("ab.patch", b"1", publish=False) == ".store/provenance/ab.patch"
+
+
+def test_a_damaged_file_of_that_name_is_told(store: Store) -> None:
+    with store.lock():
+        path = store.root / store.keep_provenance("ab.patch", b"whole")
+        path.write_bytes(b"who")
+        with pytest.raises(StoreError, match=r"ab\.patch: damaged.*Delete it"):
+            store.keep_provenance("ab.patch", b"whole")
+        assert path.read_bytes() == b"who"
+
+
+def test_what_a_kill_left_of_them_is_removed(store: Store) -> None:
+    with store.lock():
+        folder = (store.root / store.keep_provenance("ab.patch", b"whole")).parent
+    (folder / ".ab.patch.x.tmp").write_text("half")
+    with store.lock():
+        assert [path.name for path in folder.iterdir()] == ["ab.patch"]

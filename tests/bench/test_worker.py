@@ -121,6 +121,25 @@ def test_more_proposals_cost_more_operations_and_no_parameter(found: list[RunRec
     assert few.metrics["num_parameters"] == many.metrics["num_parameters"]
 
 
+def test_conditions_are_noted_at_start_and_end_of_each_node(found: list[RunRecord]) -> None:
+    for record in found:
+        conditions = record.environment["conditions"]
+        assert set(conditions) == {"train", "predict", "latency"}
+        for noted in conditions.values():
+            assert noted["start"]["load_average_1min"] is not None
+            assert noted["end"]["load_average_1min"] is not None
+            assert noted["between"]["seconds"] > 0
+        for kind, part in (("train", "the first iteration"), ("predict", "the first batch")):
+            seen = conditions[kind]["determinism"]
+            assert seen["of"] == part
+            assert seen["operators"] > 50
+            assert seen["matmul_dtypes"] == ["float32"]
+            assert seen["level"] == "bitwise", seen
+        assert "determinism" not in conditions["latency"]
+        assert record.environment_id is not None
+    assert len({record.environment_id for record in found}) == 1
+
+
 def test_the_environment_is_of_the_process_and_private(
     done: tuple[Path, Plan, RunOutcome], found: list[RunRecord]
 ) -> None:

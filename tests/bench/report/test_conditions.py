@@ -50,3 +50,17 @@ def test_a_gpu_stands_before_the_cpu() -> None:
     assert "Example CPU 9000, 2 cores" in conditions([record])
     record["environment"]["process"] = {"device": "cuda", "device_name": "Example GPU"}
     assert "Example GPU (Example CPU 9000, 2 cores)" in conditions([record])
+
+
+def test_the_environment_and_how_repeatable_it_is_are_told() -> None:
+    record = make_record()
+    older = conditions([record])
+    assert not any(phrase.startswith("environment") or "repeatable" in phrase for phrase in older)
+    levels = {"train": {"determinism": {"level": "bitwise"}}, "predict": {"determinism": {"level": "not bitwise"}}}
+    record["environment_id"] = "00112233445566aa"
+    record["environment"]["conditions"] = levels | {"latency": {}}
+    assert {"environment 00112233445566aa", "not bitwise repeatable"} <= set(conditions([record]))
+    levels["predict"]["determinism"]["level"] = "bitwise"
+    assert "bitwise repeatable" in conditions([record])
+    levels["train"]["determinism"]["level"] = "unknown"
+    assert not any("repeatable" in phrase for phrase in conditions([record]))
