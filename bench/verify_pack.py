@@ -102,7 +102,7 @@ def compare_outputs(record: RunRecord, outputs: Mapping[str, Any]) -> Iterator[s
             continue
         found = outputs["metrics"].get(name, {"value": None})
         for key, value in found.items():
-            if key not in entry and key == "standard_error":
+            if key == "standard_error" and entry.get(key) is None:
                 continue  # recorded before there were any
             if key in ("value", "standard_error") and not _same(entry.get(key), value):
                 what = name if key == "value" else f"{name} {key}"

@@ -36,6 +36,8 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.suite": {"torch", "matplotlib", "pandas"},
     "bench.upstream": {"torch", "matplotlib", "pandas"},
     "bench.plan": {"torch", "matplotlib", "pandas"},
+    "bench.fingerprints": {"torch", "matplotlib", "pandas"},
+    "bench.explain_cli": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
     "bench.start": {"torch", "diffinst.model", "matplotlib"},
@@ -66,6 +68,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
 
 # Of the harness, only these may import diffinst beyond its configuration and errors, or torch.
 MODEL_BRIDGE = (
+    "bench.fingerprints",  # the catalogue of data sets, which loads no torch
     "bench.worker",
     "bench.measure",
     "bench.detectors",
