@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from bench import plan as plan_module
+from bench.code_identity import Code
 from bench.errors import SuiteError
 from bench.plan import (
     Node,
     PastNode,
     Plan,
     build_plan,
+    changed_parts,
     describe_plan,
     duration_text,
     make_id,
@@ -29,7 +32,7 @@ from bench.plan import (
     total_s,
 )
 from bench.suite import load_suite
-from diffinst.config import SECTIONS, Config
+from diffinst.config import SECTIONS, Config, DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -578,3 +581,92 @@ def test_ten_thousand_cells_are_planned(tmp_path: Path) -> None:
     lines = describe_plan(plan, lambda _: False)
     assert len(plan.cells) == 10_000
     assert len(lines) == 30_002
+
+
+# -- code and content -------------------------------------------------------------------------------------------------
+
+
+class FakeContents:
+    """Digests as they are told."""
+
+    def __init__(self, **splits: str) -> None:
+        self.splits, self.file = splits, "w1"
+
+    def of_file(self, path: Path) -> str:
+        assert path.is_file()
+        return self.file
+
+    def of_split(self, data: DataConfig, split: str, root: Path | None) -> str | None:
+        assert (data.dataset, root) == ("coco", None)
+        return self.splits.get(split)
+
+
+COCO = "name: s\ndata: {dataset: coco}\nmodel: {backbone: efficientnet_lite0, backbone_weights: imagenet}\n"
+
+
+def kinds_that_differ(one: Plan, other: Plan) -> set[str]:
+    return {node.kind for node in one.nodes.values() if node.id not in other.nodes}
+
+
+def test_changed_images_change_what_is_made_of_them_and_no_run_id(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, COCO, contents=FakeContents(train="a", val="b"))
+    assert {node.content for node in nodes_of(plan, "dataset")} == {"a", "b"}
+    val = plan_of(tmp_path, COCO, contents=FakeContents(train="a", val="c"))
+    assert kinds_that_differ(plan, val) == {"dataset", "predict", "score", "latency"}
+    train = plan_of(tmp_path, COCO, contents=FakeContents(train="d", val="b"))
+    assert kinds_that_differ(plan, train) == {"dataset", "train", "predict", "score", "latency"}
+    without = plan_of(tmp_path, COCO)
+    assert {other.cells[0].run_id for other in (plan, val, train, without)} == {plan.cells[0].run_id}
+
+
+def test_weights_of_a_package_count_by_content(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, COCO, contents=FakeContents())
+    (train,) = nodes_of(plan, "train")
+    assert train.content == "w1"
+    other = FakeContents()
+    other.file = "w2"
+    assert kinds_that_differ(plan, plan_of(tmp_path, COCO, contents=other)) == {"train", "predict", "score", "latency"}
+
+
+def test_changed_code_changes_ids_and_no_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path, SMALL)
+    real = plan_module.node_code
+
+    def other_code(kind: str, *arguments: Any, **options: Any) -> Code:
+        code = real(kind, *arguments, **options)
+        return code if kind != "train" else Code("other", {**code.parts, "diffinst.losses:giou": "other"})
+
+    monkeypatch.setattr(plan_module, "node_code", other_code)
+    changed = plan_of(tmp_path, SMALL)
+    assert kinds_that_differ(plan, changed) == {"train", "predict", "score", "latency"}
+    assert [cell.run_id for cell in plan.cells] == [cell.run_id for cell in changed.cells]
+    past = [past_of(node, plan) for node in plan.nodes.values()]
+    lines = {line.node.kind: line.why for line in describe_plan(changed, lambda node_id: node_id in plan.nodes, past)}
+    assert lines["dataset"] == "stored under this id"
+    assert lines["train"] == "stale: code changed: diffinst.losses.giou"
+    assert lines["predict"] == "stale: its train changed"
+
+
+def past_of(node: Node, plan: Plan) -> PastNode:
+    return PastNode(
+        node.kind,
+        node.spec,
+        1.0,
+        node.inputs,
+        spec_id=node.spec_id,
+        code=node.code,
+        content=node.content,
+        parts=plan.codes[node.code],
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ({"a:x": "1"}, {"a:x": "1"}, []),
+        ({"a:x": "1"}, {"a:x": "2"}, ["a.x"]),
+        ({"a:": "1", "b:y": "1"}, {"a:": "2", "c:z": "1"}, ["a", "b.y", "c.z"]),
+    ],
+)
+def test_changed_parts_are_named(old: dict[str, str], new: dict[str, str], names: list[str]) -> None:
+    assert changed_parts(old, new) == names
