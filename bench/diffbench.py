@@ -14,6 +14,7 @@ import typer
 
 from bench.compare_cli import calibrate_command, compare_command
 from bench.errors import BenchError, RecordError, SuiteError
+from bench.race_cli import race_command
 from bench.report.build import (
     FOLDER,
     REPORTS,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command("compare")(compare_command)
 app.command("calibrate")(calibrate_command)
+app.command("race")(race_command)
 app.command("import-config")(import_config_command)
 app.command("export-config")(export_config_command)
 

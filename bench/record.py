@@ -131,6 +131,19 @@ def unpack_resamples(values: str) -> list[float]:
     return [value for (value,) in struct.iter_unpack("<f", base64.b64decode(values, validate=True))]
 
 
+class SampleMarks(_Part):
+    """Numbers of the samples, from 0, that bear a mark; None exactly when `reason` says why it cannot be told."""
+
+    samples: list[Annotated[int, Field(ge=0)]] | None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _reason_for_nothing(self) -> Self:
+        if (self.samples is None) != (self.reason is not None):
+            raise ValueError("marks are either samples or a reason why they cannot be told")
+        return self
+
+
 class NodeRun(_Part):
     """When and from which source a node of this run was computed (it may be shared with other runs, and older).
 
@@ -149,11 +162,12 @@ class RunRecord(_Part):
 
     measure: what was to be measured, how long at least, and the device asked for ('auto' if none was).
     nodes: node kind -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit
-    that ends the name ('latency_s'). per_class: metric name -> class name -> value. resamples: metric name -> its
-    values on resampled images. checks: name -> what was compared and the largest difference ('evaluators'). code: node
-    kind -> digest of the code that it ran; empty in records of version 1. environment: of the process that took the
-    measurements; environment_id: digest of what of it can change a number or a time. duration_s: sum over the run's
-    nodes. log: the end of the failed node's log, if one failed.
+    that ends the name ('latency_s'). sample_marks: name -> 'contended' or 'throttled' -> which samples were (see
+    `bench.measure.disturbances`), whatever the scope; empty where nobody looked. per_class: metric name -> class name
+    -> value. resamples: metric name -> its values on resampled images. checks: name -> what was compared and the
+    largest difference ('evaluators'). code: node kind -> digest of the code that it ran; empty in records of version 1.
+    environment: of the process that took the measurements; environment_id: digest of what of it can change a number or
+    a time. duration_s: sum over the run's nodes. log: the end of the failed node's log, if one failed.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -169,6 +183,7 @@ class RunRecord(_Part):
     node_runs: dict[str, NodeRun] = {}
     metrics: dict[str, Metric] = {}
     samples: dict[str, dict[str, list[FiniteFloat]]] = {}
+    sample_marks: dict[str, dict[str, SampleMarks]] = {}
     per_class: dict[str, dict[str, FiniteFloat | None]] = {}
     resamples: dict[str, Resamples] = {}
     checks: dict[str, dict[str, Any]] = {}

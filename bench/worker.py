@@ -18,6 +18,7 @@ import torch
 from bench import external, torchvision_engine
 from bench.detectors import Detector, our_detector, torchvision_detector
 from bench.engines import EXTERNAL
+from bench.measure.disturbances import Watch
 from bench.measure.environment import process_environment
 from bench.measure.flops import count_flops, count_parameters
 from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
@@ -170,6 +171,7 @@ def run_latency(job: Job) -> dict[str, Any]:
     def run_one(index: int, timer: Timer) -> None:
         detector.detect([samples[index]], timer)
 
+    watch = Watch(device)
     reset_peak(device)
     timed = measure_latency(
         run_one,
@@ -178,6 +180,7 @@ def run_latency(job: Job) -> dict[str, Any]:
         min_images=asked["latency_images"] if asked["latency"] else 1,
         min_seconds=asked["latency_seconds"] if asked["latency"] else 0.0,
         stop=job.stop,
+        watch=watch,
     )
     # Before the counter runs, which keeps more alive than a detection does.
     peaks = peak_memory_bytes(device)
@@ -188,6 +191,7 @@ def run_latency(job: Job) -> dict[str, Any]:
     if asked["latency"] and not job.stop():
         found |= summarise_latency(timed)
         outputs["samples"] = {"latency_s": timed}
+        outputs["sample_marks"] = {"latency_s": watch.marks()}
     if asked["memory"]:
         found |= {f"peak_memory_bytes/{name}": value for name, value in peaks.items()}
     if asked["flops"]:

@@ -51,6 +51,9 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.report.paper": {"torch", "diffinst.model", "pandas"},
     "bench.compare": {"torch", "diffinst.model", "diffinst.config", "matplotlib", "pandas"},
     "bench.compare_cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.race": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.measure.disturbances": {"torch", "numpy", "diffinst", "matplotlib", "pandas"},
+    "bench.report.latency": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.stats.latency": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.bootstrap": {"torch", "diffinst", "matplotlib", "pandas"},
 }
@@ -60,6 +63,7 @@ MODEL_BRIDGE = (
     "bench.worker",
     "bench.measure",
     "bench.detectors",
+    "bench.race_side",  # a process of its own
     "bench.external",
     "bench.torchvision_engine",
     "bench.peers",  # in interpreters of their own

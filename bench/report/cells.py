@@ -27,7 +27,7 @@ STATE_TEXT: dict[State, str] = {
     "absent": "not in the suite",
 }
 # Runs that differ in these axes only repeat one measurement; a cell shows their mean and standard deviation.
-REPEAT_AXES = ("seed", "eval_seed")
+REPEAT_AXES = ("seed", "eval_seed", "round")
 
 
 @dataclass(frozen=True)

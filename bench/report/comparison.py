@@ -137,32 +137,34 @@ def _shown(comparison: Comparison) -> tuple[list[Row], str]:
 
 
 def _texts(row: Row) -> list[str]:
-    values = ["" if value is None else _value(row, value) for value in (row.base, row.head)]
+    values = ["" if value is None else value_text(row, value) for value in (row.base, row.head)]
     seen = "" if row.smallest is None else _change(row, row.smallest).lstrip("+")
     where = row.suite if not row.machine else f"{row.suite} ({row.machine})"
-    return [str(row.outcome), where, row.cell, row.metric, *values, _interval(row), seen, row.reason]
+    return [str(row.outcome), where, row.cell, row.metric, *values, interval_text(row), seen, row.reason]
 
 
 def _sentence(row: Row) -> str:
     """The verdict in one line."""
     parts = [str(row.outcome)]
     if row.base is not None and row.head is not None:
-        parts.append(f"{row.metric} {_value(row, row.base)} -> {_value(row, row.head)}")
+        parts.append(f"{row.metric} {value_text(row, row.base)} -> {value_text(row, row.head)}")
     if row.change is not None:
-        parts.append(_interval(row))
+        parts.append(interval_text(row))
     if row.outcome is Outcome.NOISY and row.smallest is not None:
         parts.append(f"seen from {_change(row, row.smallest).lstrip('+')}")
     return ", ".join([*parts, row.reason] if row.reason else parts)
 
 
-def _value(row: Row, value: float) -> str:
+def value_text(row: Row, value: float) -> str:
+    """A value of the row's metric, with its unit, as people read it."""
     if row.metric.startswith("benchmark_s/"):
         return f"{value * 1e3:.4g} ms"
     style = style_of(row.metric, row.unit)
     return f"{style.format(value)} {style.unit}".strip()
 
 
-def _interval(row: Row) -> str:
+def interval_text(row: Row) -> str:
+    """The change with its interval: '+12.0 % [+8.0 %, +16.0 %]'; empty where there is none."""
     if row.change is None:
         return ""
     change = _change(row, row.change)

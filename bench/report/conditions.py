@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.engines import DEFAULT_RECIPES
 from bench.report.cells import REPEAT_AXES, Record, axis_value, varying_axes
+from bench.report.latency import describe_samples
 from bench.report.metrics import axis_label, axis_text
 
 _MAX_OPTIONS = 3  # of a peer, that are written out; its record has all
@@ -21,6 +22,7 @@ def conditions(records: Sequence[Record]) -> tuple[str, ...]:
         _each(records, "", _model),
         _each(records, "", _training),
         *_fixed_axes(records),
+        describe_samples(records),
         _each(records, "", _machine),
         _each(records, "", _software),
         _each(records, "commit", _commit),
