@@ -176,9 +176,7 @@ def _check_images(base: dict[str, Any], head: dict[str, Any]) -> None:
             )
             texts = [str(side[what][place]) if place < len(side[what]) else "none" for side in (base, head)]
             name = "id" if what == "images" else "size"
-            raise Unlike(
-                f"base and head do not see the same images: {name} of image {place}: {texts[0]} and {texts[1]}"
-            )
+            raise Unlike(f"base and head see different images: {name} of image {place} is {texts[0]} and {texts[1]}")
 
 
 def _job(side: Side) -> dict[str, Any]:

@@ -50,3 +50,13 @@ def test_a_gpu_stands_before_the_cpu() -> None:
     assert "Example CPU 9000, 2 cores" in conditions([record])
     record["environment"]["process"] = {"device": "cuda", "device_name": "Example GPU"}
     assert "Example GPU (Example CPU 9000, 2 cores)" in conditions([record])
+
+
+def test_how_many_timed_images_were_disturbed_is_a_condition() -> None:
+    records = [make_record(), make_record(2)]
+    assert not [phrase for phrase in conditions(records) if "timed images" in phrase]  # nobody looked
+    marks = {"contended": {"samples": [0, 2], "reason": None}, "throttled": {"samples": None, "reason": "no GPU"}}
+    for record in records:
+        record["samples"] = {"latency_s": {"total": [0.1, 0.1, 0.11]}}
+        record["sample_marks"] = {"latency_s": marks}
+    assert "6 timed images, 4 contended, throttled not told, 0 outliers" in conditions(records)
