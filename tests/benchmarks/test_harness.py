@@ -1,4 +1,4 @@
-"""Time of what the harness does to many runs: scoring, planning 10,000 of them, comparing 10,000 records."""
+"""Time of what the harness does to many runs: scoring, planning 10,000 of them, tables and comparisons of 10,000."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from compare_records import MACHINE, timed_record
+from report_records import make_record
 
 from bench.calibration import Floor, Noise
 from bench.compare import compare
 from bench.compare_cli import read_results
 from bench.plan import build_plan
+from bench.report.tables import grid_table, long_table, to_csv
 from bench.stats.bootstrap import bootstrap
 from bench.suite import load_suite
 from diffinst.evaluation.coco_ap import score_coco
@@ -117,6 +119,23 @@ def test_comparing_10_000_records(benchmark: Any, sides: Any) -> None:
     assert {row.metric for row in found.rows} >= {"latency_s/total", "segm/AP"}
     if benchmark.stats is not None:  # it is with --benchmark-disable
         assert benchmark.stats.stats.min < 5
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, Any]]:
+    """A hundred values of two axes each."""
+    return [make_record(1 + number % 100, 1 + number // 100) for number in range(NUM_RECORDS)]
+
+
+def test_all_cells_of_10_000_records(benchmark: Any, cells: Any) -> None:
+    table = benchmark.pedantic(long_table, (cells,), rounds=1)
+    assert len(to_csv(table).splitlines()) == 1 + NUM_RECORDS
+
+
+def test_a_grid_of_10_000_records(benchmark: Any, cells: Any) -> None:
+    settings = {"rows": "num_proposals", "columns": "sampling_steps", "metric": "segm/AP"}
+    table = benchmark.pedantic(grid_table, (cells,), settings, rounds=1)
+    assert (len(table.rows), len(table.columns)) == (100, 101)
 
 
 def test_reading_10_000_records(benchmark: Any, sides: Any, tmp_path: Path) -> None:
