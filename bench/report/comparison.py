@@ -75,20 +75,20 @@ def to_json(comparison: Comparison) -> str:
 
 
 def to_junit(comparison: Comparison) -> str:
-    """A test case a row: a regression is a failure, what could not be judged an error, noise is skipped."""
+    """A test case a row: a regression is a failure, what could not be judged an error, noise is skipped.
+
+    A comparison of nothing is an error too: a file without test cases would pass.
+    """
     root = ElementTree.Element("testsuites", name="diffbench compare")
-    for suite in dict.fromkeys(row.suite for row in comparison.rows):
-        rows = [row for row in comparison.rows if row.suite == suite]
-        counts = {
-            "tests": len(rows),
-            "failures": sum(row.outcome is Outcome.WORSE for row in rows),
-            "errors": sum(row.outcome in _UNCHECKED for row in rows),
-            "skipped": sum(row.outcome is Outcome.NOISY for row in rows),
-        }
-        parent = ElementTree.SubElement(root, "testsuite", name=_xml(suite))
-        for attribute, count in counts.items():
-            parent.set(attribute, str(count))
-        for row in rows:
+    rows = comparison.rows or (Row("diffbench compare", "nothing", "", Outcome.MISSING, reason="nothing was compared"),)
+    by_suite: dict[str, list[Row]] = {}
+    for row in rows:
+        by_suite.setdefault(_xml(row.suite), []).append(row)
+    _set_counts(root, rows)
+    for suite, found in by_suite.items():
+        parent = ElementTree.SubElement(root, "testsuite", name=suite)
+        _set_counts(parent, found)
+        for row in found:
             name = f"{row.cell} {row.metric}".strip()
             place = f"{suite}.{row.machine}" if row.machine else suite
             case = ElementTree.SubElement(parent, "testcase", classname=_xml(place), name=_xml(name))
@@ -99,6 +99,17 @@ def to_junit(comparison: Comparison) -> str:
                     element.set("type", str(row.outcome))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _set_counts(element: ElementTree.Element, rows: Sequence[Row]) -> None:
+    counts = {
+        "tests": len(rows),
+        "failures": sum(row.outcome is Outcome.WORSE for row in rows),
+        "errors": sum(row.outcome in _UNCHECKED for row in rows),
+        "skipped": sum(row.outcome is Outcome.NOISY for row in rows),
+    }
+    for attribute, count in counts.items():
+        element.set(attribute, str(count))
 
 
 def to_github(comparison: Comparison) -> str:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from report_records import make_record
 
+import bench.report.conditions
 from bench.report.conditions import conditions
 
 
@@ -32,6 +34,15 @@ def test_a_failed_run_takes_the_others_word() -> None:
     failed = on("nuclei", None, make_record(2, status="failed", reason="no"))
     assert data_of(failed) == ["data nuclei"]
     assert data_of(failed, on("nuclei", 27)) == ["data nuclei, 27 validation images"]
+
+
+def test_the_work_grows_with_the_records_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record is asked once for its images; tests/benchmarks has the time of 10,000."""
+    asked = []
+    monkeypatch.setattr(bench.report.conditions, "_images", lambda record: asked.append(record) or 7.0)
+    records = [on("nuclei", 27, make_record(steps)) for steps in range(200)]
+    assert data_of(*records) == ["data nuclei, 7 validation images"]
+    assert len(asked) == len(records)
 
 
 def test_what_differs_is_listed_and_an_axis_is_no_condition() -> None:
