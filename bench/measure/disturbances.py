@@ -32,6 +32,9 @@ from typing import Any
 DISTURBED_SHARE = 0.05
 MARKS = ("contended", "throttled")
 
+# Reasons for a GPU's clock, as NVML names them, that hold no running kernel back: nothing runs, or somebody chose it.
+_HARMLESS = ("gpu_idle", "applications_clocks_setting", "display_clock_setting", "sync_boost")
+
 # The reasons which hold a GPU's clocks down now; empty if none does, None where it cannot be told.
 Throttle = Callable[[], Sequence[str] | None]
 
@@ -102,6 +105,11 @@ class Watch:
             return None
         reasons = self._throttle()
         return None if reasons is None else bool(self._reasons) or bool(reasons)
+
+
+def held_back(clock_reasons: Sequence[str] | None) -> list[str] | None:
+    """Of the names of NVML's clock reasons, those that slow a running kernel; for `Throttle`."""
+    return None if clock_reasons is None else [name for name in clock_reasons if name not in _HARMLESS]
 
 
 def mark_samples(found: Sequence[Disturbance], *, on_cpu: bool) -> dict[str, dict[str, Any]]:

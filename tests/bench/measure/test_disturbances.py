@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.measure import disturbances
-from bench.measure.disturbances import DISTURBED_SHARE, MARKS, Disturbance, Probe, Watch, mark_samples, read_probe
+from bench.measure.disturbances import (
+    DISTURBED_SHARE,
+    MARKS,
+    Disturbance,
+    Probe,
+    Watch,
+    held_back,
+    mark_samples,
+    read_probe,
+)
 
 
 def probes(*found: Probe) -> Callable[[], Probe]:
@@ -74,6 +83,12 @@ def test_a_gpu_is_asked_before_and_after(
     watch = Watch("cuda:0", throttle=lambda: next(answers), probe=Probe)
     watch.before()
     assert watch.after(1.0).throttled is throttled
+
+
+def test_an_idle_gpu_and_chosen_clocks_are_not_held_back() -> None:
+    assert held_back(None) is None
+    assert held_back(["gpu_idle", "applications_clocks_setting"]) == []
+    assert held_back(["gpu_idle", "sw_power_cap", "bit 0x800"]) == ["sw_power_cap", "bit 0x800"]
 
 
 def test_what_holds_a_cpu_back_is_not_said_of_a_gpu() -> None:
