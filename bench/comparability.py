@@ -54,24 +54,37 @@ def machine_of(record: Record) -> str:
 
 
 def differences(base: Record, head: Record) -> dict[Kind, tuple[str, ...]]:
-    """For each kind of metric, what forbids to compare it: 'data.longest_edge_test 96 and 128'; mostly nothing."""
-    inputs = (*_engine(base, head), *_data(base, head))
-    conditions = (*_images(base, head), *_sampler(base, head), *_device(base, head), *_precision(base, head))
+    """For each kind of metric, what forbids to compare it: 'data.longest_edge_test 96 and 128'; mostly nothing.
+
+    The two sides of a race (`bench.race`) saw the same images by turns, and are settings that are meant to be compared.
+    """
+    settings = () if is_race(base, head) else (*_sampler(base, head), *_precision(base, head))
+    inputs = () if is_race(base, head) else (*_engine(base, head), *_data(base, head))
+    conditions = (*_images(base, head), *settings, *_device(base, head))
     timing = (*_protocol(base, head), *_machine(base, head))
     return {
         "score": (*inputs, *conditions),
         "time": (*inputs, *conditions, *timing),
         "memory": (*inputs, *conditions, *timing),
         # Operations depend on the size of the images and on the sampler's settings, parameters on neither.
-        "count": (*inputs, *_sampler(base, head)),
+        "count": (*inputs, *(() if is_race(base, head) else _sampler(base, head))),
         "other": (*inputs, *conditions),
     }
+
+
+def is_race(base: Record, head: Record) -> bool:
+    """Whether the two were timed by turns in one race."""
+    races = [_mapping(record, "measure").get("race") for record in (base, head)]
+    return races[0] is not None and races[0] == races[1]
 
 
 def remarks(base: Record, head: Record) -> Iterator[str]:
     """What differs and may: settings of the network and the training, versions, the commit."""
     for section in ("model", "train"):
         yield from _section(base, head, section, skip=REPEAT_AXES)
+    if is_race(base, head):
+        yield from (*_engine(base, head), *_data(base, head), *_sampler(base, head), *_precision(base, head))
+        yield from _differ("commit", *(record.get("environment", {}).get("commit") for record in (base, head)))
     old, new = base.get("environment", {}), head.get("environment", {})
     for name in ("torch", "torchvision", "numpy"):
         yield from _differ(name, old.get("packages", {}).get(name), new.get("packages", {}).get(name))

@@ -8,12 +8,14 @@ Cells are matched by suite and axes; runs that differ in seeds only are one cell
 4. An effect is `better` or `worse` for three reasons together: relative and absolute, past the gate's thresholds, and
    statistical, rejected by Holm's procedure over all tests of the table at the gates' level.
 5. The `same` if the 95 % interval of the effect lies within the thresholds. Otherwise `too noisy to tell`, with the
-   smallest effect that would have been called whatever the other tests said.
+   smallest effect that would have been called whatever the other tests said. A time is too noisy as well where one side
+   was disturbed more than the other: its shares of contended or throttled samples differ by more than `UNLIKE_SHARES`.
 
 The standard error of an effect is put together from what varies: for times, the samples of a run and the floor from run
 to run; for memory, the floor; for AP, the images (resampled together where both match tables are at hand, else the
 records' standard errors) and the floor. Without a floor, several runs of a cell stand in for it, paired by their seeds;
-one run without a floor says nothing about times and memory.
+one run without a floor says nothing about times and memory. The two sides of a race (`bench.race`) are compared image
+by image, and its rounds, of which each starts both sides anew, say how much runs differ.
 
 Effects are logarithms of ratios, but differences for AP. `relative` is a fraction of the better value, so that swapping
 base and head swaps `better` and `worse`.
@@ -34,12 +36,13 @@ from typing import Any
 import numpy as np
 
 from bench.calibration import NO_NOISE, Noise
-from bench.comparability import Kind, differences, kind_of, machine_of, remarks
+from bench.comparability import Kind, differences, is_race, kind_of, machine_of, remarks
 from bench.gates import DEFAULT_GATES, Gate, Gates
 from bench.report.cells import REPEAT_AXES, Record, axes_of, latest, sort_records
+from bench.report.latency import disturbed_share
 from bench.report.metrics import axis_text
 from bench.stats.bootstrap import Interval, Matches, bootstrap_difference, holm
-from bench.stats.latency import log_error, p_of
+from bench.stats.latency import Ratio, log_error, p_of, paired_ratio
 from bench.stats.student import combine, two_sided_quantile
 
 # 'segm' and 'bbox' -> match table of a record's run, or None where it is not at hand.
@@ -47,6 +50,9 @@ ReadMatches = Callable[[Record], Mapping[str, Matches] | None]
 
 _QUANTILE = re.compile(r"^(.*)/p(\d\d?)$")
 _RESAMPLED = ("AP", "AP50", "AP75")
+# By how much the disturbed shares of two sides may differ for their times to be judged.
+UNLIKE_SHARES = 0.25
+MIN_ROUNDS = 3  # of a race; fewer say too little about how much runs differ
 _CLOSE = 1e-9  # relative: an effect this near to a threshold has reached it
 
 
@@ -135,13 +141,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Effect:
-    """For the worse if positive, on the scale of the metric's kind. error: None where nothing tells how sure it is."""
+    """For the worse if positive, on the scale of the metric's kind. error: None where nothing tells how sure it is.
+
+    is_paired: of ratios image by image, which the ratio of the means need not equal.
+    """
 
     size: float
     margin: float
     error: float | None
     degrees: float
     basis: str
+    is_paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -348,10 +358,14 @@ class _Judge:
             return replace(row, outcome=Outcome.NOT_COMPARABLE, reason="neither direction is better")
         if is_ratio and not can_log:
             return _with_zero(row, gate, kind)
+        if kind == "time" and (disturbed := _unlike_shares(pairs, metric)):
+            return replace(row, outcome=Outcome.NOISY, reason=disturbed)
         row = replace(row, change=means[1] / means[0] - 1 if is_ratio else means[1] - means[0])
         found = self._effect(row, gate, kind, pairs, values, -1.0 if higher else 1.0, resampled)
         if kind == "count":
             return _exact(row, found)
+        if found.is_paired:
+            row = replace(row, change=math.expm1(-found.size if higher else found.size))
         return _Pending(row, found)
 
     def _effect(
@@ -373,11 +387,13 @@ class _Judge:
         else:
             effects = [sign * (new - old) for old, new in values]
             margin = max(gate.relative * abs(better), gate.absolute)
-        size = statistics.fmean(effects)
         if kind == "count":
-            return _Effect(size, margin, 0.0, math.inf, "exact")
-        within, basis = self._within(row.metric, kind, pairs, resampled)
+            return _Effect(statistics.fmean(effects), margin, 0.0, math.inf, "exact")
         machines = sorted({machine_of(record) for pair in pairs for record in pair})
+        if (raced := _raced(pairs, row.metric) if kind == "time" else None) is not None:
+            return self._race_effect(raced, [sign * math.log(ratio.value) for ratio in raced], margin)
+        size = statistics.fmean(effects)
+        within, basis = self._within(row.metric, kind, pairs, resampled)
         between = self._between(machines, row.metric, gate, effects)
         if between is None and kind != "score":
             why = "one run a side and no noise floor (diffbench calibrate, or noise in the gate)"
@@ -395,6 +411,16 @@ class _Judge:
             basis = ", ".join(part for part in (basis if len(parts) > 1 else "", said) if part)
         error, degrees = combine(parts)
         return _Effect(size, margin, error, degrees, basis)
+
+    @staticmethod
+    def _race_effect(raced: Sequence[Ratio], effects: Sequence[float], margin: float) -> _Effect:
+        """Of the rounds of a race: their spread holds the images' share already."""
+        size, basis = statistics.fmean(effects), "image by image, rounds"
+        if len(raced) < MIN_ROUNDS:
+            why = f"a race of {len(raced)} round{'' if len(raced) == 1 else 's'}, at least {MIN_ROUNDS} are needed"
+            return _Effect(size, margin, None, math.inf, why, is_paired=True)
+        error = math.sqrt(statistics.variance(effects) / len(effects))
+        return _Effect(size, margin, error, len(effects) - 1.0, basis, is_paired=True)
 
     def _within(
         self,
@@ -479,6 +505,31 @@ def _sample_error(record: Record, metric: str) -> tuple[float, float] | None:
     samples = record.get("samples", {}).get(name, {}).get(scope)
     error = None if samples is None else log_error(samples, q)
     return None if error is None else (error.standard_error, error.degrees_of_freedom)
+
+
+def _raced(pairs: Pairs, metric: str) -> list[Ratio] | None:
+    """The ratios of each round of a race, image by image; None if it was none, or has no samples of the metric."""
+    if not all(is_race(old, new) for old, new in pairs):
+        return None
+    name, _, scope = metric.partition("/")
+    found = []
+    for pair in pairs:
+        sides = [record.get("samples", {}).get(name, {}).get(scope) or [] for record in pair]
+        ratio = paired_ratio(*sides) if len(sides[0]) == len(sides[1]) and len(sides[0]) % 2 == 0 else None
+        if ratio is None:
+            return None
+        found.append(ratio)
+    return found
+
+
+def _unlike_shares(pairs: Pairs, metric: str) -> str:
+    """Why the times are not judged, if one side was disturbed more than the other."""
+    name = metric.partition("/")[0]
+    shares = [disturbed_share([pair[side] for pair in pairs], name) for side in (0, 1)]
+    if shares[0] is None or shares[1] is None or abs(shares[0] - shares[1]) <= UNLIKE_SHARES:
+        return ""
+    texts = " and ".join(f"{share:.0%}" for share in shares)
+    return f"disturbed unlike: {texts} of the samples were contended or throttled; time them again"
 
 
 def _standard_error(record: Record, metric: str) -> float | None:

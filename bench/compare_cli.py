@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bench.calibration import NO_NOISE, calibrate, dump_calibration, load_calibration
-from bench.compare import compare
+from bench.calibration import NO_NOISE, Noise, calibrate, dump_calibration, load_calibration
+from bench.compare import Comparison, compare
 from bench.errors import BenchError, RecordError, StoreError
-from bench.gates import DEFAULT_GATES, load_gates
+from bench.gates import DEFAULT_GATES, Gates, load_gates
 from bench.pytest_benchmarks import read_benchmarks
 from bench.record import SCHEMA_VERSION, parse_record
 from bench.report.cells import Record
@@ -24,23 +24,27 @@ from bench.report.frames import record_files
 from bench.store import write_atomic
 
 _SIDE = "a results folder, a suite's or a machine's folder in it, or a JSON file with a record or a list of records"
+GatesOption = Annotated[
+    Path | None, typer.Option("--gates", metavar="FILE.yaml", help="thresholds; default: built in, see README")
+]
+FormatOption = Annotated[
+    Literal["text", "markdown", "json", "junit", "github"],
+    typer.Option("--format", help="github: annotations, and Markdown into $GITHUB_STEP_SUMMARY"),
+]
 BenchmarksOption = Annotated[bool, typer.Option("--benchmarks", help="the files are those of pytest --benchmark-json")]
 
 
 def compare_command(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help=_SIDE)],
-    head: Annotated[Path, typer.Argument(metavar="HEAD", help="the same, of what is to be judged")],
-    gates_file: Annotated[
-        Path | None, typer.Option("--gates", metavar="FILE.yaml", help="thresholds; default: built in, see README")
+    base: Annotated[Path, typer.Argument(metavar="BASE", help=f"{_SIDE}; or a file of race, which has both sides")],
+    head: Annotated[
+        Path | None, typer.Argument(metavar="HEAD", help="the same, of what is to be judged; none for a file of race")
     ] = None,
+    gates_file: GatesOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", metavar="FILE", help="noise floors from calibrate; before the gates' own"),
     ] = None,
-    output_format: Annotated[
-        Literal["text", "markdown", "json", "junit", "github"],
-        typer.Option("--format", help="github: annotations, and Markdown into $GITHUB_STEP_SUMMARY"),
-    ] = "text",
+    output_format: FormatOption = "text",
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="default: printed")] = None,
     benchmarks: BenchmarksOption = False,
 ) -> None:
@@ -49,12 +53,25 @@ def compare_command(
     Exit codes: 0 fine, 1 regression, 2 usage, 3 missing or extra cells (or nothing compared), 4 failed cells,
     5 not comparable, 6 inconclusive. Of several: 1 before 4 before 3 before 5 before 6.
     """
+    gates, noise = judge_by(gates_file, calibration)
+    with _collector_paused():
+        found = compare(*_read_sides(base, head, benchmarks=benchmarks), gates, noise)
+    raise typer.Exit(tell(found, output_format, out))
+
+
+def judge_by(gates_file: Path | None, calibration: Path | None) -> tuple[Gates, Noise]:
+    """The gates of a file or the built-in ones, and the noise floors given or named there.
+
+    Raises:
+        SuiteErrors: everything that is wrong in one of the files.
+    """
     gates = DEFAULT_GATES if gates_file is None else load_gates(gates_file)
     floors = calibration or gates.calibration
-    noise = NO_NOISE if floors is None else load_calibration(floors)
-    read = read_benchmarks if benchmarks else read_results
-    with _collector_paused():
-        found = compare(read(base), read(head), gates, noise)
+    return gates, NO_NOISE if floors is None else load_calibration(floors)
+
+
+def tell(found: Comparison, output_format: str, out: Path | None) -> int:
+    """Print or write the verdicts, and the job summary where GitHub asks for one; returns the exit code."""
     text = WRITERS[output_format](found)
     if out is None:
         typer.echo(text, nl=False)
@@ -63,7 +80,7 @@ def compare_command(
         typer.echo(f"wrote {out}: {summary(found)}")
     if output_format == "github" and (job_summary := os.environ.get("GITHUB_STEP_SUMMARY")):
         _append(Path(job_summary), to_markdown(found))
-    raise typer.Exit(int(found.exit_code))
+    return int(found.exit_code)
 
 
 def calibrate_command(
@@ -82,6 +99,22 @@ def calibrate_command(
     typer.echo(f"wrote {out}: noise floors of {count} metrics on {machines}, from {len(results)} runs")
 
 
+def _read_sides(base: Path, head: Path | None, *, benchmarks: bool) -> tuple[list[Record], list[Record]]:
+    if head is not None:
+        read = read_benchmarks if benchmarks else read_results
+        return read(base), read(head)
+    content = _read_json(base) if base.is_file() else None
+    if not isinstance(content, dict) or content.get("kind") != "race":
+        raise BenchError(f"HEAD is missing, and {base} is no file of diffbench race. Give {_SIDE}")
+    sides = []
+    for name in ("base", "head"):
+        entries = content.get(name)
+        if not isinstance(entries, list):
+            raise RecordError(f"{base}: {name}: no list of records. Write it with diffbench race --out FILE.json")
+        sides.append([_checked(entry, f"{base}: {name}[{number}]", base) for number, entry in enumerate(entries)])
+    return sides[0], sides[1]
+
+
 def read_results(path: Path) -> list[Record]:
     """The records of a folder or a JSON file, each with the 'path' of its file.
 
@@ -92,14 +125,18 @@ def read_results(path: Path) -> list[Record]:
     return [record for file in files for record in _records_of(file)]
 
 
-def _records_of(path: Path) -> list[Record]:
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecordError(f"{path}: cannot be read ({reason}). Give {_SIDE}") from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not valid JSON ({error}). Give {_SIDE}") from error
+
+
+def _records_of(path: Path) -> list[Record]:
+    content = _read_json(path)
     if not isinstance(content, list):
         return [_checked(content, str(path), path)]
     if not content:

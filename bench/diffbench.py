@@ -16,6 +16,7 @@ from bench.compare_cli import calibrate_command, compare_command
 from bench.errors import BenchError, RecordError, SuiteError
 from bench.explain_cli import explain_command
 from bench.pack_cli import pack_command, verify_pack_command
+from bench.race_cli import race_command
 from bench.report.build import (
     FOLDER,
     REPORTS,
@@ -46,6 +47,7 @@ app.command("calibrate")(calibrate_command)
 app.command("explain")(explain_command)
 app.command("pack")(pack_command)
 app.command("verify-pack")(verify_pack_command)
+app.command("race")(race_command)
 app.command("import-config")(import_config_command)
 app.command("export-config")(export_config_command)
 

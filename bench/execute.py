@@ -463,6 +463,7 @@ class _Runner:
             "node_runs": node_runs,
             "metrics": _metrics(cell, outputs, failed=bool(failures)),
             "samples": {name: value for part in outputs for name, value in part.get("samples", {}).items()},
+            "sample_marks": {name: value for part in outputs for name, value in part.get("sample_marks", {}).items()},
             "per_class": {name: value for part in outputs for name, value in part.get("per_class", {}).items()},
             "resamples": {name: value for part in outputs for name, value in part.get("resamples", {}).items()},
             "checks": {name: value for part in outputs for name, value in part.get("checks", {}).items()},

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 from bench.engines import used_fields
 from bench.errors import PeerCrash, PeerError
+from bench.measure.disturbances import MARKS
 from bench.measure.latency import SCOPES, TOTAL, WARMUP_IMAGES, summarise_latency
 from bench.record import Metric, dump_json, metric
 from bench.server import die_with
@@ -302,6 +303,8 @@ def latency_outputs(name: str, result: Mapping[str, Any], asked: Mapping[str, An
         if asked["latency"]:
             timed = {scope: [float(value) for value in values] for scope, values in _scopes(result).items()}
             outputs["samples"] = {"latency_s": timed}
+            untold = {"samples": None, "reason": f"engine {name} does not tell"}
+            outputs["sample_marks"] = {"latency_s": dict.fromkeys(MARKS, untold)}
             metrics |= {key: metric(key, value) for key, value in summarise_latency(timed).items()}
             metrics |= untimed_metrics(timed, f"engine {name} does not time it apart")
         if asked["memory"]:

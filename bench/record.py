@@ -109,7 +109,7 @@ class Resamples(_Part):
     @model_validator(mode="after")
     def _all_there(self) -> Self:
         try:
-            size = len(base64.b64decode(self.values, validate=True))
+            size = len(binascii.a2b_base64(self.values, strict_mode=True))
         except binascii.Error as error:
             raise ValueError(f"values are not base64 ({error})") from error
         if size != 4 * self.count:
@@ -128,7 +128,20 @@ def unpack_resamples(values: str) -> list[float]:
     Raises:
         ValueError: not base64, or no whole number of float32.
     """
-    return [value for (value,) in struct.iter_unpack("<f", base64.b64decode(values, validate=True))]
+    return [value for (value,) in struct.iter_unpack("<f", binascii.a2b_base64(values, strict_mode=True))]
+
+
+class SampleMarks(_Part):
+    """Numbers of the samples, from 0, that bear a mark; None exactly when `reason` says why it cannot be told."""
+
+    samples: list[Annotated[int, Field(ge=0)]] | None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _reason_for_nothing(self) -> Self:
+        if (self.samples is None) != (self.reason is not None):
+            raise ValueError("marks are either samples or a reason why they cannot be told")
+        return self
 
 
 class NodeRun(_Part):
@@ -149,11 +162,12 @@ class RunRecord(_Part):
 
     measure: what was to be measured, how long at least, and the device asked for ('auto' if none was).
     nodes: node kind -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit
-    that ends the name ('latency_s'). per_class: metric name -> class name -> value. resamples: metric name -> its
-    values on resampled images. checks: name -> what was compared and the largest difference ('evaluators'). code: node
-    kind -> digest of the code that it ran; empty in records of version 1. environment: of the process that took the
-    measurements; environment_id: digest of what of it can change a number or a time. duration_s: sum over the run's
-    nodes. log: the end of the failed node's log, if one failed.
+    that ends the name ('latency_s'). sample_marks: name -> 'contended' or 'throttled' -> which samples were (see
+    `bench.measure.disturbances`), whatever the scope; empty where nobody looked. per_class: metric name -> class name
+    -> value. resamples: metric name -> its values on resampled images. checks: name -> what was compared and the
+    largest difference ('evaluators'). code: node kind -> digest of the code that it ran; empty in records of version 1.
+    environment: of the process that took the measurements; environment_id: digest of what of it can change a number or
+    a time. duration_s: sum over the run's nodes. log: the end of the failed node's log, if one failed.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -169,6 +183,7 @@ class RunRecord(_Part):
     node_runs: dict[str, NodeRun] = {}
     metrics: dict[str, Metric] = {}
     samples: dict[str, dict[str, list[FiniteFloat]]] = {}
+    sample_marks: dict[str, dict[str, SampleMarks]] = {}
     per_class: dict[str, dict[str, FiniteFloat | None]] = {}
     resamples: dict[str, Resamples] = {}
     checks: dict[str, dict[str, Any]] = {}

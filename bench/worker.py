@@ -21,6 +21,7 @@ from bench.detectors import Detector, our_detector, torchvision_detector
 from bench.engines import EXTERNAL
 from bench.measure.accuracy import measure_accuracy
 from bench.measure.determinism import OperatorRecorder, unseen
+from bench.measure.disturbances import Watch
 from bench.measure.environment import process_environment
 from bench.measure.flops import count_flops, count_parameters
 from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
@@ -188,6 +189,7 @@ def run_latency(job: Job) -> dict[str, Any]:
         detector.detect([samples[index]], timer)
 
     start = Moment.now(device)  # loading is over
+    watch = Watch(device)
     reset_peak(device)
     timed = measure_latency(
         run_one,
@@ -196,6 +198,7 @@ def run_latency(job: Job) -> dict[str, Any]:
         min_images=asked["latency_images"] if asked["latency"] else 1,
         min_seconds=asked["latency_seconds"] if asked["latency"] else 0.0,
         stop=job.stop,
+        watch=watch,
     )
     # Before the counter runs, which keeps more alive than a detection does.
     peaks = peak_memory_bytes(device)
@@ -207,6 +210,7 @@ def run_latency(job: Job) -> dict[str, Any]:
     if asked["latency"] and not job.stop():
         found |= summarise_latency(timed)
         outputs["samples"] = {"latency_s": timed}
+        outputs["sample_marks"] = {"latency_s": watch.marks()}
     if asked["memory"]:
         found |= {f"peak_memory_bytes/{name}": value for name, value in peaks.items()}
     if asked["flops"]:

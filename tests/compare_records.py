@@ -48,3 +48,44 @@ def timed_run(
         )
         for steps in range(1, num_cells + 1)
     ]
+
+
+def raced(
+    generator: np.random.Generator,
+    *,
+    factor: float = 1.0,
+    rounds: int = 5,
+    images: int = 20,
+    luck: float = 0.02,
+    noise: float = 0.05,
+    race: str = "one",
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Both sides of a race, a record a round: images cost from 1 to 3 times 10 ms, and each process has its luck."""
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for number in range(rounds):
+        costs = np.repeat(0.010 * (1 + 2 * generator.random(images)), 2)
+        for side, records in enumerate(sides):
+            speed = float(np.exp(luck * generator.standard_normal())) * (factor if side else 1.0)
+            samples = costs * speed * np.exp(noise * generator.standard_normal(2 * images))
+            record = timed_record(ap=None)
+            record["axes"] = {"race": "one against another", "round": number}
+            record["samples"] = {"latency_s": {"total": samples.tolist()}}
+            record["metrics"] = {"latency_s/total": {"value": float(np.median(samples)), "unit": "s"}}
+            record["metrics"]["latency_s/total"]["higher_is_better"] = False
+            record["measure"] = {"latency": True, "race": {"id": race, "rounds": rounds}}
+            records.append(record)
+    return sides
+
+
+def with_marks(record: dict[str, Any], contended: int, throttled: int | None = 0) -> dict[str, Any]:
+    """The record with its first so many samples contended, and throttled (None: not told)."""
+    record["sample_marks"] = {
+        "latency_s": {
+            "contended": {"samples": list(range(contended)), "reason": None},
+            "throttled": {
+                "samples": None if throttled is None else list(range(throttled)),
+                "reason": "not told" if throttled is None else None,
+            },
+        }
+    }
+    return record

@@ -60,6 +60,9 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.pack": {"torch", "diffinst.model", "pandas"},
     "bench.pack_cli": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.verify_pack": {"torch", "diffinst.model", "pandas"},
+    "bench.race": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.measure.disturbances": {"torch", "numpy", "diffinst", "matplotlib", "pandas"},
+    "bench.report.latency": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.stats.latency": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.bootstrap": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.scores": {"torch", "diffinst", "matplotlib", "pandas"},
@@ -72,6 +75,7 @@ MODEL_BRIDGE = (
     "bench.worker",
     "bench.measure",
     "bench.detectors",
+    "bench.race_side",  # a process of its own
     "bench.external",
     "bench.torchvision_engine",
     "bench.peers",  # in interpreters of their own

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from bench.measure.disturbances import Watch
+
 SCOPES = ("preprocess", "backbone", "head", "masks")
 TOTAL = "total"
 
@@ -54,6 +56,7 @@ def measure_latency(
     min_seconds: float = 3.0,
     clock: Callable[[], float] = time.perf_counter,
     stop: Callable[[], bool] = lambda: False,
+    watch: Watch | None = None,
 ) -> dict[str, list[float]]:
     """Time images one by one, going round the data set, until both minima are reached.
 
@@ -62,6 +65,7 @@ def measure_latency(
         num_images: images to go round, >= 1; `index` runs from 0 to num_images - 1.
         min_images, min_seconds: how much is timed at least, warm-up excluded.
         stop: asked after each image; True ends the measurement early.
+        watch: marks the timed images that were disturbed; it looks before and after each, in no image's time.
     Returns:
         scope -> seconds of each timed image, in order; all lists equally long. 'total' is the time around the whole
         image, so at least the sum of its scopes; a scope that an image never entered is 0 s there.
@@ -75,8 +79,12 @@ def measure_latency(
     index = 0
     while index < min_images or clock() - begin < min_seconds:
         timer = ScopeTimer(device, clock)
+        if watch is not None:
+            watch.before()
         with timer(TOTAL):
             run_one(index % num_images, timer)
+        if watch is not None:
+            watch.after(timer.elapsed_s[TOTAL])
         for scope, values in samples.items():
             values.append(timer.elapsed_s.get(scope, 0.0))
         index += 1

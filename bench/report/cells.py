@@ -27,7 +27,7 @@ STATE_TEXT: dict[State, str] = {
     "absent": "not in the suite",
 }
 # Runs that differ in these axes only repeat one measurement; a cell shows their mean and standard deviation.
-REPEAT_AXES = ("seed", "eval_seed")
+REPEAT_AXES = ("seed", "eval_seed", "round")
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ def axes_of(record: Record) -> dict[str, Any]:
 
 def axis_value(record: Record, name: str) -> Any:
     """The value of axis or configuration field `name` in a record; None where the record does not have it."""
-    axes = axes_of(record)
-    if bare(name) in axes:
-        return axes[bare(name)]
+    wanted, axes = bare(name), record.get("axes", {})
+    if wanted in axes:  # the usual case; tables of thousands of records ask for nothing else
+        return _hashable(axes[wanted])
+    for axis, value in axes.items():
+        if bare(axis) == wanted:
+            return _hashable(value)
     for section in record.get("config", {}).values():
-        if isinstance(section, Mapping) and bare(name) in section:
-            return _hashable(section[bare(name)])
+        if isinstance(section, Mapping) and wanted in section:
+            return _hashable(section[wanted])
     return None
 
 
@@ -190,6 +193,8 @@ def _age(record: Record) -> tuple[str, str]:
 
 
 def _hashable(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, Mapping):
         return axis_text(value)
     return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value

@@ -75,20 +75,20 @@ def to_json(comparison: Comparison) -> str:
 
 
 def to_junit(comparison: Comparison) -> str:
-    """A test case a row: a regression is a failure, what could not be judged an error, noise is skipped."""
+    """A test case a row: a regression is a failure, what could not be judged an error, noise is skipped.
+
+    A comparison of nothing is an error too: a file without test cases would pass.
+    """
     root = ElementTree.Element("testsuites", name="diffbench compare")
-    for suite in dict.fromkeys(row.suite for row in comparison.rows):
-        rows = [row for row in comparison.rows if row.suite == suite]
-        counts = {
-            "tests": len(rows),
-            "failures": sum(row.outcome is Outcome.WORSE for row in rows),
-            "errors": sum(row.outcome in _UNCHECKED for row in rows),
-            "skipped": sum(row.outcome is Outcome.NOISY for row in rows),
-        }
-        parent = ElementTree.SubElement(root, "testsuite", name=_xml(suite))
-        for attribute, count in counts.items():
-            parent.set(attribute, str(count))
-        for row in rows:
+    rows = comparison.rows or (Row("diffbench compare", "nothing", "", Outcome.MISSING, reason="nothing was compared"),)
+    by_suite: dict[str, list[Row]] = {}
+    for row in rows:
+        by_suite.setdefault(_xml(row.suite), []).append(row)
+    _set_counts(root, rows)
+    for suite, found in by_suite.items():
+        parent = ElementTree.SubElement(root, "testsuite", name=suite)
+        _set_counts(parent, found)
+        for row in found:
             name = f"{row.cell} {row.metric}".strip()
             place = f"{suite}.{row.machine}" if row.machine else suite
             case = ElementTree.SubElement(parent, "testcase", classname=_xml(place), name=_xml(name))
@@ -99,6 +99,17 @@ def to_junit(comparison: Comparison) -> str:
                     element.set("type", str(row.outcome))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _set_counts(element: ElementTree.Element, rows: Sequence[Row]) -> None:
+    counts = {
+        "tests": len(rows),
+        "failures": sum(row.outcome is Outcome.WORSE for row in rows),
+        "errors": sum(row.outcome in _UNCHECKED for row in rows),
+        "skipped": sum(row.outcome is Outcome.NOISY for row in rows),
+    }
+    for attribute, count in counts.items():
+        element.set(attribute, str(count))
 
 
 def to_github(comparison: Comparison) -> str:
@@ -137,32 +148,34 @@ def _shown(comparison: Comparison) -> tuple[list[Row], str]:
 
 
 def _texts(row: Row) -> list[str]:
-    values = ["" if value is None else _value(row, value) for value in (row.base, row.head)]
+    values = ["" if value is None else value_text(row, value) for value in (row.base, row.head)]
     seen = "" if row.smallest is None else _change(row, row.smallest).lstrip("+")
     where = row.suite if not row.machine else f"{row.suite} ({row.machine})"
-    return [str(row.outcome), where, row.cell, row.metric, *values, _interval(row), seen, row.reason]
+    return [str(row.outcome), where, row.cell, row.metric, *values, interval_text(row), seen, row.reason]
 
 
 def _sentence(row: Row) -> str:
     """The verdict in one line."""
     parts = [str(row.outcome)]
     if row.base is not None and row.head is not None:
-        parts.append(f"{row.metric} {_value(row, row.base)} -> {_value(row, row.head)}")
+        parts.append(f"{row.metric} {value_text(row, row.base)} -> {value_text(row, row.head)}")
     if row.change is not None:
-        parts.append(_interval(row))
+        parts.append(interval_text(row))
     if row.outcome is Outcome.NOISY and row.smallest is not None:
         parts.append(f"seen from {_change(row, row.smallest).lstrip('+')}")
     return ", ".join([*parts, row.reason] if row.reason else parts)
 
 
-def _value(row: Row, value: float) -> str:
+def value_text(row: Row, value: float) -> str:
+    """A value of the row's metric, with its unit, as people read it."""
     if row.metric.startswith("benchmark_s/"):
         return f"{value * 1e3:.4g} ms"
     style = style_of(row.metric, row.unit)
     return f"{style.format(value)} {style.unit}".strip()
 
 
-def _interval(row: Row) -> str:
+def interval_text(row: Row) -> str:
+    """The change with its interval: '+12.0 % [+8.0 %, +16.0 %]'; empty where there is none."""
     if row.change is None:
         return ""
     change = _change(row, row.change)

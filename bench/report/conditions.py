@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.engines import DEFAULT_RECIPES
 from bench.report.cells import REPEAT_AXES, Record, axis_value, varying_axes
+from bench.report.latency import describe_samples
 from bench.report.metrics import axis_label, axis_text
 
 _MAX_OPTIONS = 3  # of a peer, that are written out; its record has all
@@ -15,12 +16,14 @@ _MAX_OPTIONS = 3  # of a peer, that are written out; its record has all
 
 def conditions(records: Sequence[Record]) -> tuple[str, ...]:
     """Suite, data, model, fixed settings, machine, software; what differs between the records is listed, not hidden."""
+    counts = _image_counts(records)
     phrases = [
         _each(records, "suite", lambda record: record.get("suite")),
-        _each(records, "", lambda record: _data(record, records)),
+        _each(records, "", lambda record: _data(record, counts)),
         _each(records, "", _model),
         _each(records, "", _training),
         *_fixed_axes(records),
+        describe_samples(records),
         _each(records, "", _machine),
         _each(records, "", _software),
         _each(records, "environment", lambda record: record.get("environment_id")),
@@ -47,15 +50,25 @@ def _varies(record: Record, name: str) -> bool:
     return any(axis.rpartition(".")[2] == name for axis in record.get("axes", {}))
 
 
-def _data(record: Record, records: Sequence[Record]) -> str | None:
+def _image_counts(records: Sequence[Record]) -> dict[str, set[float]]:
+    """The section `data`, as text -> how many images its records scored, as far as they know."""
+    found: dict[str, set[float]] = {}
+    for record in records:
+        counts = found.setdefault(repr(_section(record, "data")), set())
+        if count := _images(record):
+            counts.add(count)
+    return found
+
+
+def _data(record: Record, image_counts: Mapping[str, set[float]]) -> str | None:
     """The data set and how many images were scored; a record that failed before it knew takes the others' word."""
     section = _section(record, "data")
     if "dataset" not in section or _varies(record, "dataset"):
         return None
     text = f"data {section['dataset']}"
-    counts = {count for other in records if _section(other, "data") == section and (count := _images(other))}
+    counts = image_counts[repr(section)]
     if len(counts) == 1:
-        text += f", {counts.pop():.0f} validation images"
+        text += f", {next(iter(counts)):.0f} validation images"
         if section["dataset"] == "shapes" and "shapes_image_size" in section:
             text += f" of {section['shapes_image_size']} px"
     if section.get("class_agnostic") and not _varies(record, "class_agnostic"):

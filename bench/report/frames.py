@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bench.errors import RecordError, StoreError
 from bench.record import load_record
 from bench.report.cells import Record, axes_of, metric_names, sort_records
+from bench.report.latency import TOTAL, timing_of
 from bench.report.metrics import axis_text
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 # What stands before and after the axes and the metrics of a row.
 HEAD = ("suite", "machine", "run_id", "status", "reason")
 TAIL = ("started_at", "duration_s", "commit", "dirty", "device", "command")
+# What is said of the timed images, and its column.
+_COUNTS = {
+    "count": "latency_s/num_samples",
+    "outliers": "latency_s/num_outliers",
+    "contended": "latency_s/num_contended",
+    "throttled": "latency_s/num_throttled",
+}
 
 
 def record_files(folder: Path) -> list[Path]:
@@ -57,7 +65,8 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 
     Metrics are in the record's own units (AP as a fraction, seconds, bytes), under their own names ('segm/AP'); one
     that was not measured, or that the run failed to measure, is NaN, never 0. An axis that a record does not have is
-    None; lists and mappings are text.
+    None; lists and mappings are text. Beside each latency stand the ends of its 95 % interval ('latency_s/total/low',
+    '/high', within one run), and how many images were timed, and were outliers, contended and throttled among them.
 
     Args:
         records: JSON objects of RunRecord, with 'machine' beside its fields if it is to stand in the frame.
@@ -66,12 +75,15 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 
     axes = list(dict.fromkeys(name for record in records for name in axes_of(record)))
     metrics = metric_names(records)
-    rows = [_row(record, axes, metrics) for record in records]
-    frame = pd.DataFrame(rows, columns=[*HEAD, *axes, *metrics, *TAIL])
+    timed = [name for name in metrics if name.startswith("latency_s/")]
+    columns = [column for name in metrics for column in (name, *(_ends(name) if name in timed else ()))]
+    columns += _COUNTS.values() if timed else ()
+    rows = [_row(record, axes, metrics) | _timings(record, timed) for record in records]
+    frame = pd.DataFrame(rows, columns=[*HEAD, *axes, *columns, *TAIL])
     for name in axes:  # pandas' own inference would turn whole numbers into fractions where some rows have none
         frame[name] = pd.array([row[name] for row in rows])
     # Numbers even where all are missing.
-    return frame.astype(dict.fromkeys([*metrics, "duration_s"], "float64"))
+    return frame.astype(dict.fromkeys([*columns, "duration_s"], "float64"))
 
 
 def to_csv_text(frame: pd.DataFrame) -> str:
@@ -108,6 +120,22 @@ def _row(record: Record, axes: Sequence[str], metrics: Sequence[str]) -> dict[st
         **{name: _axis_cell(values.get(name)) for name in axes},
         **{name: measured.get(name, {}).get("value") for name in metrics},
     }
+
+
+def _ends(name: str) -> tuple[str, str]:
+    return f"{name}/low", f"{name}/high"
+
+
+def _timings(record: Record, names: Sequence[str]) -> dict[str, Any]:
+    """Ends of the intervals of latencies, and the counts of `_COUNTS`, as far as the samples tell them."""
+    found: dict[str, Any] = {}
+    for name in names:
+        timing = timing_of(record, name)
+        if timing is not None and record.get("metrics", {}).get(name, {}).get("value") is not None:
+            found |= zip(_ends(name), (timing.low, timing.high))
+            if name == TOTAL:
+                found |= {column: getattr(timing, field) for field, column in _COUNTS.items()}
+    return found
 
 
 def _axis_cell(value: Any) -> Any:

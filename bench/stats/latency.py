@@ -91,12 +91,15 @@ def log_error(samples: Sequence[float], q: float = 0.5) -> LogError | None:
 
     None where that cannot be told: too few samples for the percentile, or some that are not above 0.
     """
-    if len(samples) < 2:
-        return None
     values = np.asarray(samples, dtype=np.float64)
-    ordered = np.sort(values)
-    if ordered[0] <= 0:
+    return _error(np.log(values), q) if len(values) > 1 and values.min() > 0 else None
+
+
+def _error(values: np.ndarray, q: float) -> LogError | None:
+    """How sure the q-th quantile of `values`, which are logarithms, is; None if they are too few."""
+    if len(values) < 2:
         return None
+    ordered = np.sort(values)
     effective = int(_effective_count(values, _point(ordered, q)))
     low, high, coverage = _ranks(effective, q)
     if low is None or high is None:
@@ -106,8 +109,37 @@ def log_error(samples: Sequence[float], q: float = 0.5) -> LogError | None:
             return None
     lower = ordered[_stretch(low, effective, len(ordered), math.floor)]
     upper = ordered[_stretch(high, effective, len(ordered), math.ceil)]
-    width = math.log(upper) - math.log(lower)
-    return LogError(width / (2 * NormalDist().inv_cdf((1 + coverage) / 2)), effective - 1)
+    return LogError(float(upper - lower) / (2 * NormalDist().inv_cdf((1 + coverage) / 2)), effective - 1)
+
+
+def paired_ratio(base: Sequence[float], head: Sequence[float], *, block: int = 2) -> Ratio | None:
+    """The ratio head / base of two sides that were timed by turns on the same images.
+
+    Each block of `block` samples a side is of one image: its ratio is that of the geometric means, in which a drift
+    over a block of the order base, head, head, base cancels. The value is the median of the blocks' ratios. What is
+    common to both sides of a block, above all the image, is no part of its error, as it is of the ratio of two medians.
+
+    Args:
+        base, head: timings in the order in which they were taken, block by block.
+    Returns:
+        None where the blocks are too few, or a timing is not above 0.
+    Raises:
+        ValueError: the sides differ in length, or do not consist of whole blocks.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (base, head)]
+    if len(sides[0]) != len(sides[1]) or len(sides[0]) % block:
+        raise ValueError(f"{len(sides[0])} and {len(sides[1])} timings are no pairs of blocks of {block}")
+    if not len(sides[0]) or min(side.min() for side in sides) <= 0:
+        return None
+    logs = [np.log(side).reshape(-1, block).mean(axis=1) for side in sides]
+    effects = logs[1] - logs[0]
+    found = _error(effects, 0.5)
+    if found is None:
+        return None
+    effect, error, degrees = _point(np.sort(effects), 0.5), found.standard_error, found.degrees_of_freedom
+    half = two_sided_quantile(1 - LEVEL, degrees) * error
+    ends = math.exp(effect - half), math.exp(effect + half)
+    return Ratio(math.exp(effect), *ends, p_of(effect, error, degrees), error, degrees)
 
 
 def ratio(

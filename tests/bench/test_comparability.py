@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from compare_records import timed_record
 
-from bench.comparability import differences, kind_of, machine_of, remarks
+from bench.comparability import differences, is_race, kind_of, machine_of, remarks
 
 ALL = "score time memory count other"
 MEASURED = "score time memory other"
@@ -77,6 +77,26 @@ def test_what_an_older_record_does_not_say_is_no_difference() -> None:
 def test_engines_differ_in_recipes() -> None:
     one, two = (changed(base(), ("config", "engine", {"name": "torchvision", "recipe": name})) for name in "ab")
     assert differences(one, two)["score"] == ("engine.recipe a and b",)
+
+
+@pytest.mark.parametrize(("change", "kinds", "said"), FORBIDDEN, ids=lambda value: str(value)[:40])
+def test_in_a_race_settings_may_differ_and_conditions_may_not(change: tuple[Any, ...], kinds: str, said: str) -> None:
+    record = base()
+    record["measure"]["race"] = {"id": "one"}
+    other = changed(record, change)
+    assert is_race(record, other)
+    texts = {text for texts in differences(record, other).values() for text in texts}
+    is_setting = change[0] == "config"
+    assert texts == (set() if is_setting else {said})
+    assert (said in remarks(record, other)) is is_setting
+
+
+def test_records_of_no_race_or_of_two_are_no_race() -> None:
+    one = base()
+    assert not is_race(one, one)
+    one["measure"]["race"] = {"id": "one"}
+    assert not is_race(one, base())
+    assert not is_race(one, changed(one, ("measure", "race", {"id": "two"})))
 
 
 def test_kinds_and_machines() -> None:

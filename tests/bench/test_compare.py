@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_records import MACHINE, timed_record, timed_run
+from compare_records import MACHINE, raced, timed_record, timed_run, with_marks
 from hypothesis import given
 from hypothesis import strategies as st
 
 import bench.compare
 from bench.calibration import Floor, Noise, calibrate
-from bench.compare import Comparison, ExitCode, Outcome, Row, compare
+from bench.compare import UNLIKE_SHARES, Comparison, ExitCode, Outcome, Row, compare
 from bench.gates import Gate, Gates
 from bench.measure.latency import measure_latency
 
@@ -140,6 +140,97 @@ def test_memory_needs_a_floor() -> None:
     metric = "peak_memory_bytes/rss"
     assert only(compare([base], [head], gates, floor(0.01, metric))).outcome is Outcome.WORSE
     assert only(compare([base], [head], gates, floor(0.0, metric))).outcome is Outcome.WORSE
+
+
+# -- samples that were disturbed, and races ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "is_judged"),
+    [
+        ((0, 0), (15, 0), True),  # of 60: a quarter
+        ((0, 0), (16, 0), False),
+        ((0, 0), (10, 16), False),  # throttled counts like contended, and who was both counts once
+        ((20, None), (0, None), False),
+        ((50, 0), (60, 0), True),  # both alike: the noise floor has to know
+    ],
+)
+def test_times_of_sides_that_were_disturbed_unlike_are_not_judged(base: Any, head: Any, is_judged: bool) -> None:
+    for factor in (1.0, 1.3, 0.7):
+        old = with_marks(timed_record(spread=0.01), *base)
+        new = with_marks(timed_record(spread=0.01, median_s=0.01001 * factor), *head)
+        for pair in ((old, new), (new, old)):
+            row = only(compare([pair[0]], [pair[1]], LATENCY, floor(0.001)))
+            assert (not row.reason.startswith("disturbed unlike")) is is_judged
+            assert is_judged or row.outcome is Outcome.NOISY
+    assert UNLIKE_SHARES == 0.25
+
+
+def test_a_side_that_does_not_tell_is_judged_and_ap_never_minds() -> None:
+    old, new = timed_record(spread=0.01), with_marks(timed_record(spread=0.01, median_s=0.013), 60)
+    assert only(compare([old], [new], LATENCY, floor(0.001))).outcome is Outcome.WORSE
+    marked = with_marks(timed_record(ap=0.25), 0)
+    assert only(compare([marked], [new], AP_ONLY)).outcome is Outcome.SAME
+
+
+def test_a_race_is_judged_image_by_image_by_its_rounds() -> None:
+    base, head = raced(np.random.default_rng(0), factor=1.1)
+    found = compare(base, head, LATENCY)
+    row = only(found)
+    assert (row.outcome, row.reason, found.exit_code) == (
+        Outcome.WORSE,
+        "image by image, rounds",
+        ExitCode.REGRESSION,
+    )
+    assert row.cell == "race=one against another"
+    assert row.change == pytest.approx(0.10, abs=0.03)
+    assert row.low is not None
+    assert row.high is not None
+    assert row.low < 0.10 < row.high
+    # Without the race, what is left are the ratios of medians, over images that differ threefold.
+    for record in (*base, *head):
+        del record["measure"]["race"]
+    apart = only(compare(base, head, LATENCY))
+    assert (apart.reason, apart.change == row.change) == ("runs", False)
+
+
+def test_a_race_of_few_rounds_says_nothing() -> None:
+    base, head = raced(np.random.default_rng(0), factor=1.5, rounds=2)
+    row = only(compare(base, head, LATENCY))
+    assert (row.outcome, row.reason) == (Outcome.NOISY, "a race of 2 rounds, at least 3 are needed")
+    assert row.change == pytest.approx(0.5, abs=0.1)
+
+
+def test_settings_may_differ_in_a_race_and_are_noted_and_machines_may_not() -> None:
+    base, head = raced(np.random.default_rng(0), factor=1.3)
+    for record in head:
+        record["config"]["sampler"]["sampling_steps"] = 4
+    found = compare(base, head, LATENCY)
+    assert (only(found).outcome, found.notes) == (Outcome.WORSE, ("sampler.sampling_steps 1 and 4",))
+    for record in head:
+        record["measure"] = {"latency": True, "race": {"id": "another"}}
+    assert only(compare(base, head, LATENCY)).outcome is Outcome.NOT_COMPARABLE
+    _, elsewhere = raced(np.random.default_rng(0))
+    for record in elsewhere:
+        record["environment"] = record["environment"] | {"machine": "elsewhere"}
+    assert only(compare(base, elsewhere, LATENCY)).outcome is Outcome.NOT_COMPARABLE
+
+
+def test_races_of_equals_alarm_seldom_and_a_slowdown_is_found() -> None:
+    """Processes with 2 % of luck each, five rounds of 20 images; the statistical reason alone."""
+    generator = np.random.default_rng(4)
+    gates = Gates({"latency_s/total": Gate(relative=0.0, absolute=0.0)})
+    called = {
+        factor: np.mean(
+            [
+                only(compare(*raced(generator, factor=factor), gates)).outcome in (Outcome.WORSE, Outcome.BETTER)
+                for _ in range(count)
+            ]
+        )
+        for factor, count in ((1.0, 400), (1.1, 100))
+    }
+    assert called[1.0] <= 0.07  # 5 % of 400, and what 400 can miss it by
+    assert called[1.1] >= 0.95
 
 
 # -- AP ----------------------------------------------------------------------------------------------------------------

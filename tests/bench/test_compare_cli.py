@@ -88,7 +88,8 @@ def test_each_exit_code(folder: Path, kind: str, code: int) -> None:
         (["base", "base", "--calibration", "none.yaml"], "none.yaml: cannot be read"),
         (["base", "base", "--benchmarks"], "base: cannot be read"),
         (["base", "base", "--format", "pdf"], "'pdf' is not one of"),
-        (["base"], "Missing argument"),
+        (["base"], "HEAD is missing, and base is no file of diffbench race"),
+        ([], "Missing argument"),
     ],
 )
 def test_a_mistake_of_the_user_is_exit_code_2(

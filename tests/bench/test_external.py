@@ -235,6 +235,8 @@ ASKED = {"latency": True, "latency_images": 4, "latency_seconds": 0.0, "memory":
 def test_measurements_are_metrics_and_reasons(tmp_path: Path) -> None:
     outputs = latency_outputs("detectron2", run(job(tmp_path, "latency", ASKED)), ASKED)
     assert outputs["samples"] == {"latency_s": {"total": [0.25] * 4}}
+    untold = {"samples": None, "reason": "engine detectron2 does not tell"}
+    assert outputs["sample_marks"] == {"latency_s": {"contended": untold, "throttled": untold}}
     found = outputs["metrics"]
     assert found["latency_s/total"]["value"] == 0.25
     assert found["latency_s/head/p95"]["reason"] == "engine detectron2 does not time it apart"

@@ -18,6 +18,7 @@ from bench.errors import RecordError
 from bench.record import (
     Metric,
     Resamples,
+    SampleMarks,
     dump_json,
     dump_record,
     load_record,
@@ -148,6 +149,14 @@ def test_dumped_json_is_the_same_json(content: Any) -> None:
 def test_dump_refuses_nan() -> None:
     with pytest.raises(ValueError):
         dump_json({"a": float("nan")})
+
+
+def test_marks_of_samples_say_which_or_why_not() -> None:
+    assert SampleMarks(samples=[0, 3]).reason is None
+    assert SampleMarks(samples=None, reason="nobody looked").samples is None
+    for wrong in ({"samples": None}, {"samples": [0], "reason": "why"}, {"samples": [-1]}):
+        with pytest.raises(ValidationError):
+            SampleMarks.model_validate(wrong)
 
 
 def test_resamples_come_back_as_float32() -> None:

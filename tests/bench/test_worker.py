@@ -112,6 +112,7 @@ def test_samples_are_raw_and_fit_together(found: list[RunRecord]) -> None:
         parts = [samples[scope][image] for scope in ("preprocess", "backbone", "head", "masks")]
         assert min(parts) > 0
         assert sum(parts) <= samples["total"][image]
+    assert set(with_masks.sample_marks["latency_s"]) == {"contended", "throttled"}
 
 
 def test_more_proposals_cost_more_operations_and_no_parameter(found: list[RunRecord]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.measure.disturbances import Probe, Watch
 from bench.measure.latency import (
     WARMUP_IMAGES,
     ScopeTimer,
@@ -84,6 +85,27 @@ def test_both_minima_are_reached_and_warm_up_does_not_count(min_images: int, min
     assert samples["preprocess"] == samples["masks"] == [0.0] * timed
     assert samples["total"] == [1.0] * timed
     assert seen[WARMUP_IMAGES:][:6] == [0, 1, 2, 3, 0, 1][:timed]
+
+
+def test_timed_images_are_marked_and_the_watch_costs_them_nothing() -> None:
+    """A watch that takes 10 s to look, in a run where image 2 of 4 waits 0.3 of its 1 s for a core."""
+    clock, waited, seen = Clock(), [0.0], []
+
+    def probe() -> Probe:
+        clock.now += 10.0
+        return Probe(waited_s={1: waited[0]})
+
+    def run_one(index: int, timer: Timer) -> None:
+        seen.append(index)
+        clock.now += 1.0
+        waited[0] += 0.3 if index == 2 else 0.0
+
+    watch = Watch("cpu", probe=probe)
+    samples = measure_latency(run_one, 4, device="cpu", min_images=8, min_seconds=0, clock=clock, watch=watch)
+    assert samples["total"] == [1.0] * 8
+    # Warm-up images, of which one was the third, are not among them.
+    assert len(seen) == WARMUP_IMAGES + 8
+    assert watch.marks()["contended"]["samples"] == [2, 6]
 
 
 def test_a_stop_ends_it() -> None:

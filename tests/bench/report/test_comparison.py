@@ -93,6 +93,45 @@ def test_junit() -> None:
     )
 
 
+COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+
+
+def check_junit(text: str) -> ElementTree.Element:
+    """What tools that read JUnit files rely on: the elements, their attributes, and counts that are right."""
+    assert text.startswith("<?xml version='1.0'")
+    root = ElementTree.fromstring(text)
+    assert root.tag == "testsuites"
+    assert {suite.tag for suite in root} == {"testsuite"}
+    for element, cases in (
+        (root, [case for suite in root for case in suite]),
+        *((suite, list(suite)) for suite in root),
+    ):
+        assert element.get("name") is not None
+        assert element.get("tests") == str(len(cases)) != "0"
+        for attribute, tag in COUNTED.items():
+            assert element.get(attribute) == str(len([case for case in cases if case.find(tag) is not None]))
+        for case in cases:
+            assert (case.tag, set(case.attrib)) == ("testcase", {"classname", "name"})
+            assert len(case) <= 1
+            for child in case:
+                expected = {"message"} if child.tag == "skipped" else {"message", "type"}
+                assert (child.tag in COUNTED.values(), set(child.attrib)) == (True, expected)
+    return root
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(Outcome)), st.text()), max_size=8))
+def test_junit_counts_what_it_holds(cells: list[tuple[str, Outcome, str]]) -> None:
+    rows = tuple(Row(suite, text, "segm/AP", outcome, reason=text) for suite, outcome, text in cells)
+    root = check_junit(to_junit(Comparison(rows)))
+    assert sum(len(suite) for suite in root) == max(1, len(rows))
+
+
+def test_a_junit_file_of_nothing_does_not_pass() -> None:
+    root = check_junit(to_junit(Comparison(())))
+    assert root.get("errors") == "1"
+    assert root[0][0][0].get("message") == "missing, nothing was compared"
+
+
 def test_github_annotations() -> None:
     assert to_github(ALL).splitlines() == [
         "::warning title=too noisy to tell%3A quickstart segm/AP::sampling_steps=1: too noisy to tell, "

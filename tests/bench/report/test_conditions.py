@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from report_records import make_record
 
+import bench.report.conditions
 from bench.report.conditions import conditions
 
 
@@ -32,6 +34,15 @@ def test_a_failed_run_takes_the_others_word() -> None:
     failed = on("nuclei", None, make_record(2, status="failed", reason="no"))
     assert data_of(failed) == ["data nuclei"]
     assert data_of(failed, on("nuclei", 27)) == ["data nuclei, 27 validation images"]
+
+
+def test_the_work_grows_with_the_records_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each record is asked once for its images; tests/benchmarks has the time of 10,000."""
+    asked = []
+    monkeypatch.setattr(bench.report.conditions, "_images", lambda record: asked.append(record) or 7.0)
+    records = [on("nuclei", 27, make_record(steps)) for steps in range(200)]
+    assert data_of(*records) == ["data nuclei, 7 validation images"]
+    assert len(asked) == len(records)
 
 
 def test_what_differs_is_listed_and_an_axis_is_no_condition() -> None:
@@ -64,3 +75,13 @@ def test_the_environment_and_how_repeatable_it_is_are_told() -> None:
     assert "bitwise repeatable" in conditions([record])
     levels["train"]["determinism"]["level"] = "unknown"
     assert not any("repeatable" in phrase for phrase in conditions([record]))
+
+
+def test_how_many_timed_images_were_disturbed_is_a_condition() -> None:
+    records = [make_record(), make_record(2)]
+    assert not [phrase for phrase in conditions(records) if "timed images" in phrase]  # nobody looked
+    marks = {"contended": {"samples": [0, 2], "reason": None}, "throttled": {"samples": None, "reason": "no GPU"}}
+    for record in records:
+        record["samples"] = {"latency_s": {"total": [0.1, 0.1, 0.11]}}
+        record["sample_marks"] = {"latency_s": marks}
+    assert "6 timed images, 4 contended, throttled not told, 0 outliers" in conditions(records)

@@ -72,6 +72,21 @@ def test_metrics_are_numbers_and_what_is_missing_is_not_0() -> None:
     assert frame.groupby("num_proposals")["segm/AP"].count().to_dict() == {20: 2, 50: 3, 100: 1}
 
 
+def test_latencies_come_with_their_intervals_and_what_disturbed_them() -> None:
+    record, untimed = make_record(), make_record(2, latency_s=None)
+    record["samples"] = {"latency_s": {"total": [0.003, 0.001, 0.002, 0.009, 0.008, 0.007, 0.006, 0.005, 0.004]}}
+    record["sample_marks"] = {"latency_s": {"contended": {"samples": [0, 1], "reason": None}}}
+    frame = to_frame([record, untimed])
+    names = [name for name in frame.columns if name.startswith("latency_s/")]
+    assert names[:3] == ["latency_s/total", "latency_s/total/low", "latency_s/total/high"]
+    row = frame[names].iloc[0].to_dict()
+    assert (row["latency_s/total/low"], row["latency_s/total/high"]) == (0.002, 0.008)
+    counts = [row[f"latency_s/num_{what}"] for what in ("samples", "outliers", "contended")]
+    assert counts == [9, 0, 2]
+    assert frame[names].iloc[1].isna().all()
+    assert frame["latency_s/num_throttled"].isna().all()
+
+
 def test_axes_keep_their_kind() -> None:
     records = [
         make_record(sampler="released", shortest_edge_test=[96, 128], renewal=True),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.stats.latency import effective_count, is_outlier, log_error, quantile, ratio
+from bench.stats.latency import effective_count, is_outlier, log_error, paired_ratio, quantile, ratio
 
 TIMES = st.lists(st.floats(1e-4, 10.0), min_size=5, max_size=40)
 
@@ -125,6 +125,80 @@ def test_noise_from_run_to_run_widens_the_ratio_to_its_due() -> None:
     told = [ratio(base, head, noise=0.1) for base, head in pairs]
     assert np.mean([one.low <= 1 <= one.high for one in blind if one]) < 0.75
     assert 0.93 <= np.mean([one.low <= 1 <= one.high for one in told if one]) <= 0.99
+
+
+# -- sides that were timed by turns ------------------------------------------------------------------------------------
+
+
+def turns(
+    generator: np.random.Generator, factor: float = 1.0, blocks: int = 20, noise: float = 0.03
+) -> tuple[list, list]:
+    """Two samples a side and block, A B B A: images cost from 1 to 3, and everything slows down by half on the way."""
+    base, head = [], []
+    for block in range(blocks):
+        cost = 1 + 2 * generator.random()
+        for place, side in enumerate((base, head, head, base)):
+            drift = 1 + 0.5 * (4 * block + place) / (4 * blocks)
+            side.append(cost * drift * (factor if side is head else 1) * math.exp(noise * generator.standard_normal()))
+    return base, head
+
+
+def test_paired_ratio_by_hand() -> None:
+    # Blocks of two: the geometric means are 2, 4, 8 and 2, 8, 32, so the ratios are 1, 2 and 4.
+    found = paired_ratio([1, 4, 4, 4, 2, 32], [2, 2, 8, 8, 32, 32])
+    assert found is not None
+    assert found.value == pytest.approx(2.0)
+    # Three blocks: their range, log 1 to log 4, holds the median with a chance of 3/4, so it is 2 * 1.1503 errors wide.
+    assert found.log_standard_error == pytest.approx(math.log(4) / (2 * 1.1503493803760079))
+    assert found.degrees_of_freedom == 2
+    assert found.low * found.high == pytest.approx(4.0)
+
+
+def test_a_steady_drift_cancels_within_a_block() -> None:
+    # Each sample takes 10 % longer than the one before, in the order A B B A: 1, 1.1, 1.21, 1.331.
+    times = [1.1**place for place in range(24)]
+    base = [times[place] for place in range(24) if place % 4 in (0, 3)]
+    head = [times[place] for place in range(24) if place % 4 in (1, 2)]
+    found = paired_ratio(base, head)
+    assert found is not None
+    assert found.value == pytest.approx(1.0)
+    assert found.log_standard_error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_unequal_sides_are_refused_and_too_few_or_zero_times_say_nothing() -> None:
+    for base, head in (([1.0, 1.0], [1.0]), ([1.0] * 3, [1.0] * 3)):
+        with pytest.raises(ValueError, match="no pairs of blocks of 2"):
+            paired_ratio(base, head)
+    assert paired_ratio([], []) is None
+    assert paired_ratio([1.0] * 2, [1.0] * 2) is None
+    assert paired_ratio([0.0] * 8, [1.0] * 8) is None
+
+
+@given(st.lists(st.tuples(*[st.floats(1e-4, 10.0)] * 4), min_size=3, max_size=20))
+def test_swapping_inverts_the_paired_ratio(blocks: list[tuple[float, float, float, float]]) -> None:
+    base = [value for block in blocks for value in block[:2]]
+    head = [value for block in blocks for value in block[2:]]
+    one, other = paired_ratio(base, head), paired_ratio(head, base)
+    if one is None or other is None:
+        assert one is other
+        return
+    assert one.value == pytest.approx(1 / other.value)
+    assert one.low == pytest.approx(1 / other.high)
+    assert one.p_value == pytest.approx(other.p_value)
+
+
+def test_paired_intervals_hold_and_are_narrow_where_images_differ() -> None:
+    generator = np.random.default_rng(3)
+    found, apart = [], []
+    for _ in range(300):
+        base, head = turns(generator, 1.1)
+        found.append(paired_ratio(base, head))
+        apart.append(ratio(base, head))
+    held = [one.low <= 1.1 <= one.high for one in found if one is not None]
+    assert len(held) == 300
+    assert 0.93 <= np.mean(held) <= 0.995
+    widths = [np.median([math.log(one.high / one.low) for one in side if one is not None]) for side in (found, apart)]
+    assert widths[0] < widths[1] / 5
 
 
 def test_effective_count() -> None:

@@ -1,0 +1,78 @@
+"""What a record says of its timings beside their median: intervals, outliers, and samples that were disturbed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.report.cells import Record
+from bench.stats.latency import is_outlier, quantile
+
+TOTAL = "latency_s/total"
+_NAME = re.compile(r"^(latency_s|benchmark_s)/(.*?)(?:/p(\d\d?))?$")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one metric of one record. value, low, high: of the percentile with its 95 % interval, in seconds.
+
+    low or high is None where the samples are too few for it. outliers, contended, throttled: how many of `count`
+    samples; None where it cannot be told. All of them count in the percentile.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+    outliers: int
+    contended: int | None = None
+    throttled: int | None = None
+
+
+def timing_of(record: Record, metric: str = TOTAL) -> Timing | None:
+    """What the samples say about 'latency_s/total' or 'latency_s/total/p95'; None where there are none."""
+    match = _NAME.match(metric)
+    samples = match and record.get("samples", {}).get(match[1], {}).get(match[2])
+    if not match or not samples:
+        return None
+    found = quantile(samples, int(match[3] or 50) / 100)
+    marks = {name: marked(record, name, match[1]) for name in ("contended", "throttled")}
+    return Timing(found.value, found.low, found.high, found.count, int(is_outlier(samples).sum()), **marks)
+
+
+def marked(record: Record, mark: str, name: str = "latency_s") -> int | None:
+    """How many timed images bear a mark; None where it cannot be told, or nobody looked."""
+    entry: Any = record.get("sample_marks", {}).get(name, {}).get(mark)
+    samples = entry.get("samples") if isinstance(entry, Mapping) else None
+    return None if samples is None else len(samples)
+
+
+def disturbed_share(records: Iterable[Record], name: str = "latency_s") -> float | None:
+    """The part of all timed images that was contended or throttled; None where no record can tell."""
+    count, disturbed = 0, 0
+    for record in records:
+        marks = record.get("sample_marks", {}).get(name, {})
+        known = [entry["samples"] for entry in marks.values() if entry["samples"] is not None]
+        length = max((len(values) for values in record.get("samples", {}).get(name, {}).values()), default=0)
+        if known and length:
+            count += length
+            disturbed += len(set().union(*known))
+    return disturbed / count if count else None
+
+
+def describe_samples(records: Iterable[Record]) -> str:
+    """'120 timed images, 12 contended, throttled not told, 3 outliers'; empty where nobody looked."""
+    looked = [record for record in records if record.get("sample_marks", {}).get("latency_s")]
+    samples = [record["samples"]["latency_s"]["total"] for record in looked]
+    if not samples:
+        return ""
+    parts = [f"{sum(map(len, samples))} timed images"]
+    for mark in ("contended", "throttled"):
+        known = [count for record in looked if (count := marked(record, mark)) is not None]
+        parts.append(f"{sum(known)} {mark}" if len(known) == len(looked) else f"{mark} not told")
+    outliers = sum(int(np.count_nonzero(is_outlier(values))) for values in samples)
+    return ", ".join([*parts, f"{outliers} outlier{'' if outliers == 1 else 's'}"])
