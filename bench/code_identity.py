@@ -36,7 +36,7 @@ _NEVER = (
     *("bench.server", "bench.record", "bench.store", "bench.engines", "bench.errors"),
     *(
         f"bench.measure.{name}"
-        for name in ("environment", "moments", "source", "packages", "cpu", "gpu", "determinism")
+        for name in ("environment", "moments", "source", "packages", "cpu", "gpu", "determinism", "disturbances")
     ),
     *("diffinst.config", "diffinst.errors"),
 )

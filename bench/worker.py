@@ -26,7 +26,7 @@ from bench.measure.environment import process_environment
 from bench.measure.flops import count_flops, count_parameters
 from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
 from bench.measure.memory import peak_memory_bytes, reset_peak
-from bench.measure.moments import Moment, conditions_between
+from bench.measure.moments import Moment, conditions_between, throttle_of
 from bench.record import metric
 from bench.server import Input, Job, serve
 from diffinst.build import build_model, seeded_model
@@ -189,7 +189,7 @@ def run_latency(job: Job) -> dict[str, Any]:
         detector.detect([samples[index]], timer)
 
     start = Moment.now(device)  # loading is over
-    watch = Watch(device)
+    watch = Watch(device, throttle=throttle_of(device))
     reset_peak(device)
     timed = measure_latency(
         run_one,

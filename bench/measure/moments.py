@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bench.measure.cpu import CpuCounters, cpu_between, cpu_now
+from bench.measure.disturbances import Throttle, held_back
 from bench.measure.gpu import gpu_now
 
 
@@ -34,6 +35,12 @@ def conditions_between(start: Moment, end: Moment) -> dict[str, Any]:
     duration_s = end.at_s - start.at_s
     used = {"seconds": round(duration_s, 3), **cpu_between(start.counters, end.counters, duration_s)}
     return {"start": start.facts, "end": end.facts, "between": used}
+
+
+def throttle_of(device: str) -> Throttle | None:
+    """What tells, now, why the clocks of the GPU computed on are held down; None for a CPU."""
+    pci = _pci_address(device)
+    return None if pci is None else lambda: held_back(gpu_now(pci).get("clock_reasons"))
 
 
 def _pci_address(device: str) -> str | None:
