@@ -31,7 +31,7 @@ from bench.errors import BenchError
 from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, machine_environment
 from bench.plan import Cell, Node, Plan, needed_nodes
 from bench.record import Metric, NodeRun, RunRecord, metric, scrub
-from bench.store import NodeResult, Store, now_text
+from bench.store import NodeResult, Store, later_text, now_text
 from bench.suite import metrics_of
 
 WORKER_COMMAND = (sys.executable, "-m", "bench.start")
@@ -422,7 +422,7 @@ class _Runner:
         if failures:
             environment = failures[0].environment
             node_runs |= {self._plan.nodes[failure.node_id].kind: failure.run for failure in failures}
-            finished_at.append(now_text())
+            finished_at += [later_text(failure.run.started_at, failure.run.duration_s) for failure in failures]
         outputs = [done.outputs for done in results.values()]
         content = {
             "suite": self._plan.suite_name,

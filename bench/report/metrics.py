@@ -27,6 +27,17 @@ _MEMORY_LABELS = {
 }
 
 
+def csv_field(text: str) -> str:
+    """Text for a CSV file that no spreadsheet takes for a formula: it gets an apostrophe before; numbers stay."""
+    if text[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
 @dataclass(frozen=True)
 class Style:
     """A number `x` of a record is shown as `x * scale` with `digits` decimals, under `label` and `unit`.
