@@ -112,6 +112,7 @@ def save_checkpoint(
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+            _sort_metadata(temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot write the checkpoint ({error}). Check free space and permissions, then run the same "
@@ -234,6 +235,21 @@ def load_weights_file(path: Path, model: nn.Module, *, use_ema: bool = False) ->
             and not there; the model is left unchanged.
     """
     load_model_weights(model, load_checkpoint(path), use_ema=use_ema)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order of name; the library has them in any, and equal files should be equal.
+
+    The format: 8 bytes of length, little-endian, then as many of JSON and spaces, then the tensors.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(size))
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

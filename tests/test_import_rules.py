@@ -36,6 +36,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.upstream": {"torch", "matplotlib", "pandas"},
     "bench.plan": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},
+    "bench.digests": {"torch", "numpy", "diffinst.model", "matplotlib", "pandas"},
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
     "bench.start": {"torch", "diffinst.model", "matplotlib"},
     "bench.execute": {"torch", "diffinst.model", "matplotlib"},

@@ -131,7 +131,7 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path: Path, monkeypatch: pyt
         jumped = 0
 
         @classmethod
-        def now(cls, zone: Any = None) -> datetime:
+        def now(cls, _zone: Any = None) -> datetime:
             return datetime(2026, 1, 2, 12, tzinfo=UTC) + timedelta(seconds=cls.jumped)
 
     def work(job: Job) -> dict[str, Any]:

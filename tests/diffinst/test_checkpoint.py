@@ -192,3 +192,12 @@ def test_a_file_from_before_there_were_checksums_loads(saved: Path) -> None:
     save_file(tensors, saved, metadata=metadata)
     checkpoint = load_checkpoint(saved)
     assert (checkpoint.iteration, checkpoint.losses) == (42, None)
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    for number in range(8):  # the library's own order changes from file to file
+        save_checkpoint(
+            tmp_path / f"{number}", model=small_model().state_dict(), config=CONFIG, iteration=1, class_names=("ü",)
+        )
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert load_checkpoint(tmp_path / "0").class_names == ("ü",)
