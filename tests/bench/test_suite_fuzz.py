@@ -169,6 +169,13 @@ def test_hostile_documents_are_refused(folder: Path, content: str | bytes) -> No
     assert not Path("pwned").exists()
 
 
+def test_no_file_is_read_without_end(folder: Path) -> None:
+    for content in ("a: [" + "x, " * 2**20, "ä" * 2**20):
+        assert "is larger than 1 MiB, which no suite needs" in str(load(folder, content))
+    with pytest.raises(SuiteError, match="is larger than 1 MiB"):
+        load_suite(Path("/dev/zero"))
+
+
 @pytest.mark.parametrize(
     "name", ["..", "../x", "/tmp/x", "a/b", ".hidden", "a\\b", "a\nb", "", "a\x00b", "reports", "-x", "ä"]
 )
