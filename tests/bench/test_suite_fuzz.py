@@ -159,7 +159,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         b"\xff\xfe\x00a",
         b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
         "seeds: 190:20:30:40:50",
-        "name: 2001-13-45",
+        "name: [2001-13-45]",
         "%YAML 9.9\n---\na: 1",
         "%TAG ! tag:x,2000:\n---\nname: !y z",
     ],
