@@ -185,8 +185,11 @@ class Store:
                     f"{self.root}: in use by another run-suite (process {holder}). "
                     "Wait for it, stop it, or choose another folder with --results DIR"
                 ) from error
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            try:
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            except OSError as error:
+                raise _unusable(self.root, error) from error
             self._check_writable()
             _remove_temporary(self.root, "[!.]*/*/")
             _remove_temporary(self.root, "[!.]*/*/history/")
