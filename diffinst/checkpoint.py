@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 _FORMAT_KEY = "diffinst_format"
 SOURCE_KEY = "source"
 _LOSSES_KEY, _DIGEST_KEY = "losses", "sha256"
+_KNOWN_KEYS = {_FORMAT_KEY, SOURCE_KEY, _LOSSES_KEY, "config", "iteration", "class_names"}
 _MODEL, _OPTIMIZER, _EMA = "model/", "optimizer/", "ema/"
 _SHOWN = 3  # mismatches named in an error
 
@@ -155,6 +156,11 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
         raise CheckpointError(
             f"{path}: has changed since it was written (its content does not match its checksum). Delete it and train "
             "again, or copy it again."
+        )
+    if unknown := metadata.keys() - _KNOWN_KEYS:
+        raise CheckpointError(
+            f"{path}: corrupt, or of a newer version: its metadata hold '{min(unknown)}', which is unknown here. "
+            "Use the version that wrote it, or train again."
         )
     for key, value in found.items():
         for prefix, tensors in parts.items():
