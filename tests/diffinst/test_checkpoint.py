@@ -172,9 +172,10 @@ class TestErrors:
             load_model_weights(small_model().append(nn.Linear(4, 1)), load_checkpoint(saved))
 
 
-def test_every_flipped_byte_is_found(saved: Path) -> None:
+def test_flipped_bytes_are_found(saved: Path) -> None:
     whole = saved.read_bytes()
-    for place in range(len(whole)):
+    keys = [whole.index(f'"{key}":'.encode()) + 1 for key in ("sha256", "iteration", "config", "diffinst_format")]
+    for place in sorted({*range(0, len(whole), 5), *(key + offset for key in keys for offset in range(6))}):
         data = bytearray(whole)
         data[place] ^= 1
         saved.write_bytes(data)
