@@ -27,7 +27,8 @@ class Strike:
     """What happens at moment `at` (from 1).
 
     'kill all': the program and this process end by SIGKILL before the call. 'kill one': this process alone. 'tear': as
-    'kill all', and a file about to be flushed loses its second half, as in a power cut. 'full': from that moment on no
+    'kill all', and a file about to be flushed loses its second half, as in a power cut (what grows in place was
+    flushed before). 'full': from that moment on no
     write succeeds (ENOSPC); 'refused': likewise (EACCES). 'count': nothing.
     journal: gets a line a moment. main: process id of the program.
     """
@@ -66,7 +67,7 @@ def install(strike: Strike) -> None:
             if number >= strike.at and name not in _FREEING:
                 raise OSError(_ERRORS[strike.action], os.strerror(_ERRORS[strike.action]), text)
         elif strike.action != "count" and number == strike.at:
-            if strike.action == "tear" and handle is not None and Path(text).is_file():
+            if strike.action == "tear" and handle is not None and text.endswith((".tmp", ".partial")):
                 os.truncate(text, Path(text).stat().st_size // 2)
             if strike.action != "kill one":
                 os.kill(strike.main, signal.SIGKILL)
