@@ -33,7 +33,7 @@ from bench.plan import (
     total_s,
 )
 from bench.record import load_record
-from bench.store import Store, past_of_result
+from bench.store import Store, check_inside, past_of_result, write_problem
 from bench.suite import Suite, load_suite
 from diffinst.errors import DiffInstError
 
@@ -106,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except DiffInstError as error:
         print(f"run-suite: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (problem := write_problem(error)) is None:
+            raise
+        print(f"run-suite: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -185,6 +190,7 @@ def _report(suite: Suite, plan: Plan, store: Store, machine: str, console: Conso
     selection = select(records, plan.cells)
     tables = build_tables(selection.records, suite.tables)
     folder = store.root / suite.name / machine / FOLDER
+    check_inside(store.root, folder)
     paths = write_tables(tables, folder) + write_plots(build_plots(selection.records, suite.plots), folder)
     for table in tables.values():
         console.print(to_terminal(table))

@@ -30,6 +30,7 @@ from bench.report.build import (
     write_plots,
     write_tables,
 )
+from bench.store import check_inside
 from bench.upstream_cli import export_config_command, import_config_command
 from diffinst.errors import DiffInstError
 
@@ -299,7 +300,9 @@ class _Report:
     def folder(self, machine: str, out: Path | None) -> Path:
         """Beside the records, or under `out` (in a folder per machine where there are several)."""
         if out is None:
-            return self.results / self.name / machine / FOLDER
+            folder = self.results / self.name / machine / FOLDER
+            check_inside(self.results, folder)
+            return folder
         return out / machine if self.several else out
 
 

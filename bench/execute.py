@@ -33,7 +33,7 @@ from bench.measure.packages import packages_lock
 from bench.measure.source import private_reason, source_state
 from bench.plan import Cell, Node, Plan, needed_nodes
 from bench.record import Metric, NodeRun, RunRecord, metric, scrub
-from bench.store import NodeResult, Store, now_text
+from bench.store import NodeResult, Store, later_text, now_text
 from bench.suite import metrics_of
 
 WORKER_COMMAND = (sys.executable, "-m", "bench.start")
@@ -445,7 +445,7 @@ class _Runner:
         if failures:
             environment = failures[0].environment
             node_runs |= {self._plan.nodes[failure.node_id].kind: failure.run for failure in failures}
-            finished_at.append(now_text())
+            finished_at += [later_text(failure.run.started_at, failure.run.duration_s) for failure in failures]
         if conditions:  # of every node that has some, not of the one whose process is described
             environment = environment | {"conditions": conditions}
         outputs = [done.outputs for done in results.values()]

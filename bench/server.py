@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.digests import check_inputs, digest_files, seal
 from bench.errors import StoreError
 from bench.plan import Node
 from bench.record import dump_json
-from bench.store import ATTEMPTS_NAME, NodeResult, now_text, write_atomic
+from bench.store import ATTEMPTS_NAME, NodeResult, later_text, now_text, write_atomic, write_problem
 from diffinst.errors import DiffInstError
 
 EXIT_FAILED = 1
@@ -65,7 +66,8 @@ class Job:
     """One attempt at one node, as the node's function sees it.
 
     inputs: node kind -> the nearest node of that kind that this one builds on. A function lists the files that
-    later nodes need in `files` (paths in `folder`); they go to done.json, and so does `environment`.
+    later nodes need in `files` (paths in `folder`); they go to done.json, and so does `environment`. logs: files that
+    no node needs and people read; their digests are kept.
     report: sends an event to the parent process.
     """
 
@@ -75,6 +77,7 @@ class Job:
     environment: dict[str, Any]
     report: Callable[[dict[str, Any]], None]
     files: list[Path] = field(default_factory=list)
+    logs: list[Path] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _last_progress: float = 0.0
 
@@ -156,14 +159,14 @@ def _wait(pid: int, parent: int) -> int:
 
 def _job_process(kinds: Mapping[str, NodeFunction], content: dict[str, Any], channel: int, server: int) -> int:
     """Everything that happens in a forked process; returns its exit code."""
-    log = os.open(content["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(log)
-    os.close(null)
     try:
+        log = os.open(content["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(log)
+        os.close(null)
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         die_with(server)
@@ -181,12 +184,14 @@ def _job_process(kinds: Mapping[str, NodeFunction], content: dict[str, Any], cha
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         return _run_job(kinds[node.kind], job)
     except BaseException as error:  # the process ends here; its parent has to hear why
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may be on a disk that is full
+            traceback.print_exc()
         _send(channel, _describe(error))
         return EXIT_FAILED
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 def _inputs(items: list[dict[str, Any]]) -> dict[str, Input]:
@@ -201,17 +206,19 @@ def _run_job(function: NodeFunction, job: Job) -> int:
         started_at, start = now_text(), time.monotonic()
         attempts = _count_attempt(job.folder, started_at)
         _LOG.info("%s, attempt %d", job.node.id, attempts)
+        check_inputs(source.folder for source in job.inputs.values() if source.id in job.node.inputs)
         outputs = function(job)
         if job.stop():
             return EXIT_STOPPED
+        duration_s = round(time.monotonic() - start, 3)
         result = NodeResult(
             id=job.node.id,
             kind=job.node.kind,
             spec=job.node.spec,
             inputs=list(job.node.inputs),
             started_at=started_at,
-            finished_at=now_text(),
-            duration_s=round(time.monotonic() - start, 3),
+            finished_at=later_text(started_at, duration_s),
+            duration_s=duration_s,
             attempts=attempts,
             files={str(path.relative_to(job.folder)): path.stat().st_size for path in sorted(job.files)},
             outputs=outputs,
@@ -219,8 +226,9 @@ def _run_job(function: NodeFunction, job: Job) -> int:
             spec_id=job.node.spec_id,
             code=job.node.code,
             content=job.node.content,
+            digests=digest_files(job.folder, [*job.files, *job.logs]),
         )
-        write_atomic(job.folder / "done.json", dump_json(result.model_dump(mode="json")))
+        write_atomic(job.folder / "done.json", seal(dump_json(result.model_dump(mode="json"))))
     return 0
 
 
@@ -247,7 +255,7 @@ def _count_attempt(folder: Path, started_at: str) -> int:
     path = folder / ATTEMPTS_NAME
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{started_at}\n")
-    return len(path.read_text(encoding="utf-8").splitlines())
+    return len(path.read_bytes().splitlines())
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
@@ -261,6 +269,8 @@ def _describe(error: BaseException) -> dict[str, Any]:
         asked = re.search(r"you tried to allocate (\d+) bytes", text)
         text = f"a single request for {int(asked[1]) / 2**30:.1f} GiB failed" if asked else text or kind
         category, text = "memory", f"out of memory: {text}"
+    elif (problem := write_problem(error)) is not None:
+        category, text = "user", problem
     elif isinstance(error, DiffInstError):
         category = "user"
     else:

@@ -22,12 +22,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bench.digests import WAY_OUT, is_intact
 from bench.errors import RecordError, StoreError
 from bench.plan import Node, PastNode
 from bench.record import RunRecord, dump_json, dump_record, load_record
@@ -41,9 +42,10 @@ RecordChange = Literal["new", "same", "replaced", "kept"]
 class NodeResult(BaseModel):
     """The content of done.json.
 
-    files: path relative to the node folder -> size in bytes, of what later nodes need. outputs: JSON-able facts for
-    later nodes and records. environment: of the process that ran it. attempts: starts, the finishing one included.
-    spec_id, code, content: as of the node; '' in results that are older than these.
+    files: path relative to the node folder -> size in bytes, of what later nodes need. digests: path -> SHA-256, of
+    those and of logs. checksum: of this file, see `bench.digests`; both are empty in older ones. outputs: JSON-able
+    facts for later nodes and records. environment: of the process that ran it. attempts: starts, the finishing one
+    included. spec_id, code, content: as of the node; '' in results that are older than these.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +65,8 @@ class NodeResult(BaseModel):
     spec_id: str = ""
     code: str = ""
     content: str = ""
+    digests: dict[str, str] = {}
+    checksum: str = ""
 
 
 def past_of_result(done: NodeResult, parts: Mapping[str, str]) -> PastNode:
@@ -85,7 +89,16 @@ def past_of_result(done: NodeResult, parts: Mapping[str, str]) -> PastNode:
 
 def now_text() -> str:
     """The time in UTC, ISO 8601, in seconds: '2026-01-02T03:04:05Z'."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return _time_text(datetime.now(UTC))
+
+
+def later_text(started_at: str, seconds: float) -> str:
+    """The time so long after `started_at`: an end that no jump of the clock puts before its start."""
+    return _time_text(datetime.fromisoformat(started_at) + timedelta(seconds=seconds))
+
+
+def _time_text(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def write_atomic(path: Path, text: str | bytes, *, replace: bool = True) -> None:
@@ -131,18 +144,40 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+_REFUSED = {
+    errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than files may be here",
+}
+_IN_THE_WAY = dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is needed")
+
+
 def _unusable(path: Path, error: OSError) -> StoreError:
-    reasons = {
-        errno.EACCES: "no permission to write",
-        errno.EPERM: "no permission to write",
-        errno.EROFS: "the file system is read-only",
-        errno.ENOSPC: "no space left on the device",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.ENOTDIR: "a file stands where a folder is needed",
-        errno.EEXIST: "a file stands where a folder is needed",
-    }
-    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    reason = (_REFUSED | _IN_THE_WAY).get(error.errno or 0, error.strerror or str(error))
     return StoreError(f"{path}: cannot be written: {reason}. Free or allow it, or choose a folder with --results DIR")
+
+
+def write_problem(error: BaseException) -> str | None:
+    """In one line, what an OSError says of a disk or folder that takes no more; None for every other error."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
+        return None
+    return str(_unusable(Path(str(error.filename or "a file")), error))
+
+
+def check_inside(root: Path, path: Path) -> None:
+    """Refuse a place that a link takes out of the results folder; the folder itself may be a link.
+
+    Raises:
+        StoreError: names the place.
+    """
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise StoreError(
+            f"{path}: a link leads from here to {path.resolve()}, out of the results folder {root}. "
+            "Remove the link, or choose a folder with --results DIR, which may be a link itself"
+        )
 
 
 class Store:
@@ -159,9 +194,10 @@ class Store:
             StoreError: another process holds it, or the folder cannot be written to.
         """
         path = self.root / ".lock"
+        check_inside(self.root, self.nodes_folder)
         try:
             self.nodes_folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise _unusable(self.root, error) from error
         try:
@@ -173,8 +209,11 @@ class Store:
                     f"{self.root}: in use by another run-suite (process {holder}). "
                     "Wait for it, stop it, or choose another folder with --results DIR"
                 ) from error
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            try:
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            except OSError as error:
+                raise _unusable(self.root, error) from error
             self._check_writable()
             _remove_temporary(self.root, "[!.]*/*/")
             _remove_temporary(self.root, "[!.]*/*/history/")
@@ -215,10 +254,14 @@ class Store:
             return None
         except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{path}: corrupt. {WAY_OUT}") from error
+        if not is_intact(text):
+            raise StoreError(f"{path}: has changed since it was written. {WAY_OUT}")
         try:
             done = NodeResult.model_validate_json(text)
         except ValidationError as error:
-            raise StoreError(f"{path}: corrupt, or of another version. Delete its folder to run it again") from error
+            raise StoreError(f"{path}: corrupt, or of another version. {WAY_OUT}") from error
         if done.id != node_id:
             raise StoreError(f"{path}: belongs to node {done.id}. Delete its folder to run it again")
         return done if not self.missing_files(done) else None
@@ -235,7 +278,7 @@ class Store:
     def attempts(self, node_id: str) -> int:
         """How often the node was started."""
         try:
-            return len((self.folder(node_id) / ATTEMPTS_NAME).read_text(encoding="utf-8").splitlines())
+            return len((self.folder(node_id) / ATTEMPTS_NAME).read_bytes().splitlines())
         except OSError:
             return 0
 
@@ -243,7 +286,8 @@ class Store:
         """What became of earlier attempts at a node that is not done, in words; None where there were none."""
         folder = self.folder(node_id)
         with contextlib.suppress(OSError):
-            return f"failed before: {(folder / _FAILURE_NAME).read_text(encoding='utf-8').strip()}"
+            reason = (folder / _FAILURE_NAME).read_text(encoding="utf-8", errors="replace").strip()
+            return f"failed before: {reason}"
         if (folder / "done.json").exists():
             return "part of what was stored is gone or damaged"
         return "begun before, goes on from what is there" if self.attempts(node_id) else None
@@ -260,6 +304,10 @@ class Store:
         """
         folder = self.folder(node.id)
         path = folder / "node.json"
+        check_inside(self.root, folder)
+        for found_path in folder.rglob("*"):
+            if found_path.is_symlink():
+                check_inside(self.root, found_path)
         content = {"id": node.id, "kind": node.kind, "inputs": list(node.inputs), "spec": node.spec}
         content |= {"spec_id": node.spec_id, "code": node.code, "content": node.content}
         try:
@@ -351,6 +399,7 @@ class Store:
         """
         path = self.record_path(record.suite, machine, record.run_id)
         text = dump_record(record)
+        check_inside(self.root, path.parent / "history")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -379,7 +428,8 @@ class Store:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise _unusable(folder, error) from error
-        taken = {int(found.name.split(".")[1]) for found in folder.glob(f"{path.stem}.*.json")}
+        names = (found.name.removeprefix(f"{path.stem}.") for found in folder.glob(f"{path.stem}.*.json"))
+        taken = {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal()}
         numbered = [folder / f"{path.stem}.{number}.json" for number in sorted(taken)]
         if numbered and numbered[-1].read_text(encoding="utf-8", errors="replace") == text:
             return  # a kill between keeping the old record and writing the new one

@@ -56,6 +56,7 @@ CUSTOM_PATHS = ("train_annotations", "train_images", "val_annotations", "val_ima
 # Fields that never change a result, and so make no axis.
 FREE_FIELDS = ("eval_batch_size", "num_workers", "log_every", "checkpoint_every")
 MAX_CELLS = 100_000
+MAX_BYTES = 2**20  # YAML is read at some 100 kB a second
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RESERVED_NAMES = ("reports",)
@@ -183,7 +184,12 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
         SuiteErrors: everything that is wrong, in the order of the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            message = f"is larger than {MAX_BYTES >> 20} MiB, which no suite needs. Give a suite file.{_nearby(path)}"
+            raise SuiteErrors([SuiteError(message, file=path)])
+        text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1

@@ -109,6 +109,7 @@ def run_train(job: Job) -> dict[str, Any]:
     if job.stop():
         return {}
     job.files.append(path)
+    job.logs.append(job.folder / LOSSES_NAME)
     # Not from the progress: there is none when an earlier attempt was killed right after its last iteration.
     last = (job.folder / LOSSES_NAME).read_text(encoding="utf-8").splitlines()[-1]
     return {"last_losses": json.loads(last)["losses"], "num_parameters": count_parameters(model)}

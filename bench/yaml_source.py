@@ -15,6 +15,7 @@ import yaml
 from bench.errors import SuiteError, SuiteErrors
 
 _MAX_DEPTH = 20
+_MAX_BITS = 1024  # of an integer; Python itself refuses to write far longer ones
 _SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp")}
 _TAG_PREFIX = "tag:yaml.org,2002:"
 
@@ -145,6 +146,8 @@ def _item(node: yaml.Node, key: str, loader: _Composer, start: Place, problems: 
             return Item(node.value, place, is_plain=is_plain)
         try:
             value = loader.construct_object(node)
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise ValueError("too long")
         except ValueError:
             problems.append(place.error(key, f"{_shorten(node.value)} is no number that can be read"))
             value = None

@@ -1,10 +1,12 @@
 """Checkpoints: one safetensors file with weights, optimiser state and, as metadata, the configuration.
 
-The file holds data only, so loading one runs no code. Writing is atomic: a reader sees the old file or the new one.
+The file holds data only, so loading one runs no code. Writing is atomic: a reader sees the old file or the new one. A
+SHA-256 over all of its content is in the metadata, so a byte that changes later is found.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ from diffinst.errors import CheckpointError
 FORMAT_VERSION = 1
 _FORMAT_KEY = "diffinst_format"
 SOURCE_KEY = "source"
+_LOSSES_KEY, _DIGEST_KEY = "losses", "sha256"
+_KNOWN_KEYS = {_FORMAT_KEY, SOURCE_KEY, _LOSSES_KEY, "config", "iteration", "class_names"}
 _MODEL, _OPTIMIZER, _EMA = "model/", "optimizer/", "ema/"
 _SHOWN = 3  # mismatches named in an error
 
@@ -35,6 +40,7 @@ class Checkpoint:
     iteration: finished training iterations. class_names: K names, empty if unknown. optimizer: empty in a final file.
     source: where imported weights come from, empty for those trained here; see `diffinst.weights.importing`.
     ema: moving average of `model`, of the same names; empty where none was kept.
+    losses: number of bytes, and their SHA-256, that the log of losses had when the file was written; None if unknown.
     """
 
     path: Path
@@ -45,6 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     source: dict[str, Any] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
+    losses: tuple[int, str] | None = None
 
 
 @contextmanager
@@ -71,6 +78,7 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor] | None = None,
     source: Mapping[str, Any] | None = None,
     ema: Mapping[str, Tensor] | None = None,
+    losses: tuple[int, str] | None = None,
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -81,6 +89,7 @@ def save_checkpoint(
         optimizer: named tensors, see `diffinst.engine.optim.optimizer_tensors`; None for a file that is only evaluated.
         source: where imported weights come from, as JSON.
         ema: moving average of the state dict.
+        losses: number of bytes of the log of losses so far, and their SHA-256.
     Raises:
         CheckpointError: the folder cannot be written.
     """
@@ -98,9 +107,13 @@ def save_checkpoint(
     }
     if source:
         metadata[SOURCE_KEY] = json.dumps(source)
+    if losses:
+        metadata[_LOSSES_KEY] = json.dumps(losses)
+    metadata[_DIGEST_KEY] = _digest(metadata, tensors)
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+            _sort_metadata(temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot write the checkpoint ({error}). Check free space and permissions, then run the same "
@@ -119,13 +132,12 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Give a .safetensors file written by `diffinst train`.")
     parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _EMA: {}}
+    found: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             for key in file.keys() if with_tensors else ():
-                for prefix, tensors in parts.items():
-                    if key.startswith(prefix):
-                        tensors[key.removeprefix(prefix)] = file.get_tensor(key)
+                found[key] = file.get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: truncated, corrupt or not a checkpoint ({error}). Delete it and train again, or copy it again."
@@ -139,6 +151,21 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
             f"{path}: checkpoint format {metadata[_FORMAT_KEY]}, this version reads {FORMAT_VERSION}. Use the version "
             "that wrote it, or train again."
         )
+    expected = metadata.pop(_DIGEST_KEY, None)  # none in files of earlier versions
+    if with_tensors and expected is not None and _digest(metadata, found) != expected:
+        raise CheckpointError(
+            f"{path}: has changed since it was written (its content does not match its checksum). Delete it and train "
+            "again, or copy it again."
+        )
+    if unknown := metadata.keys() - _KNOWN_KEYS:
+        raise CheckpointError(
+            f"{path}: corrupt, or of a newer version: its metadata hold '{min(unknown)}', which is unknown here. "
+            "Use the version that wrote it, or train again."
+        )
+    for key, value in found.items():
+        for prefix, tensors in parts.items():
+            if key.startswith(prefix):
+                tensors[key.removeprefix(prefix)] = value
     try:
         config = Config.model_validate_json(metadata["config"])
     except pydantic.ValidationError as error:
@@ -148,16 +175,25 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
             f"{path}: its configuration is not valid in this version ({where}: {first['msg']}). Use the version that "
             "wrote it, or train again."
         ) from error
-    return Checkpoint(
-        path=path,
-        config=config,
-        iteration=int(metadata["iteration"]),
-        class_names=tuple(json.loads(metadata["class_names"])),
-        model=parts[_MODEL],
-        optimizer=parts[_OPTIMIZER],
-        ema=parts[_EMA],
-        source=json.loads(metadata.get(SOURCE_KEY, "{}")),
-    )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: corrupt: its metadata lack {error}. Delete it and train again.") from error
+    try:
+        losses = json.loads(metadata.get(_LOSSES_KEY, "null"))
+        return Checkpoint(
+            path=path,
+            config=config,
+            iteration=int(metadata["iteration"]),
+            class_names=tuple(json.loads(metadata["class_names"])),
+            model=parts[_MODEL],
+            optimizer=parts[_OPTIMIZER],
+            ema=parts[_EMA],
+            source=json.loads(metadata.get(SOURCE_KEY, "{}")),
+            losses=None if losses is None else (int(losses[0]), str(losses[1])),
+        )
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: corrupt: its metadata do not fit ({error}). Delete it and train again."
+        ) from error
 
 
 def load_model_weights(model: nn.Module, checkpoint: Checkpoint, *, use_ema: bool = False) -> None:
@@ -205,6 +241,30 @@ def load_weights_file(path: Path, model: nn.Module, *, use_ema: bool = False) ->
             and not there; the model is left unchanged.
     """
     load_model_weights(model, load_checkpoint(path), use_ema=use_ema)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order of name; the library has them in any, and equal files should be equal.
+
+    The format: 8 bytes of length, little-endian, then as many of JSON and spaces, then the tensors.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(size))
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of metadata and tensors on the CPU, whatever the order in which a file holds them."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

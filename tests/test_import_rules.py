@@ -39,6 +39,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.fingerprints": {"torch", "matplotlib", "pandas"},
     "bench.explain_cli": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},
+    "bench.digests": {"torch", "numpy", "diffinst.model", "matplotlib", "pandas"},
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
     "bench.start": {"torch", "diffinst.model", "matplotlib"},
     "bench.execute": {"torch", "diffinst.model", "matplotlib"},

@@ -189,7 +189,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _age(record: Record) -> tuple[str, str]:
-    return str(record.get("started_at") or ""), str(record.get("run_id") or "")
+    # The end: it is that of the newest node, while the start is that of a data set which old and new may share.
+    return str(record.get("finished_at") or record.get("started_at") or ""), str(record.get("run_id") or "")
 
 
 def _hashable(value: Any) -> Any:

@@ -13,7 +13,7 @@ from bench.errors import RecordError, StoreError
 from bench.record import load_record
 from bench.report.cells import Record, axes_of, metric_names, sort_records
 from bench.report.latency import TOTAL, timing_of
-from bench.report.metrics import axis_text
+from bench.report.metrics import axis_text, csv_field
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,13 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 def to_csv_text(frame: pd.DataFrame) -> str:
     """The frame as CSV, the same records giving the same text; what is missing is an empty field."""
-    return frame.to_csv(index=False, lineterminator="\n")
+    from pandas.api.types import is_numeric_dtype
+
+    safe = frame.rename(columns=csv_field)
+    for name in safe.columns:
+        if not is_numeric_dtype(safe[name]):
+            safe[name] = [csv_field(value) if isinstance(value, str) else value for value in safe[name]]
+    return safe.to_csv(index=False, lineterminator="\n")
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

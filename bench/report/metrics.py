@@ -27,6 +27,21 @@ _MEMORY_LABELS = {
 }
 
 
+def csv_field(text: str) -> str:
+    """Text for a CSV file that no spreadsheet takes for a formula: it gets an apostrophe before; numbers stay.
+
+    Of line breaks there is one kind, which writers put into quotes.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if text.lstrip("\n")[:1] not in ("=", "+", "-", "@", "\t"):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
 @dataclass(frozen=True)
 class Style:
     """A number `x` of a record is shown as `x * scale` with `digits` decimals, under `label` and `unit`.

@@ -31,7 +31,7 @@ from bench.report.cells import (
     varying_axes,
 )
 from bench.report.conditions import conditions
-from bench.report.metrics import Style, axis_label, axis_text, style_of
+from bench.report.metrics import Style, axis_label, axis_text, csv_field, style_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -195,9 +195,9 @@ def to_csv(table: Table) -> str:
     """Numbers in the table's units, unrounded to six digits; an entry without a number says why in words."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([name for column in table.columns for name in column.csv_names])
+    writer.writerow([csv_field(name) for column in table.columns for name in column.csv_names])
     for row in table.rows:
-        writer.writerow([text for entry in row for text in entry.csv])
+        writer.writerow([csv_field(text) for entry in row for text in entry.csv])
     return out.getvalue()
 
 

@@ -6,6 +6,7 @@ batch, its augmentation, the timesteps and the noise are functions of (seed, ite
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -136,7 +137,9 @@ def train(
     config = config.model_copy(update={"model": model_config})
     final_path, resume_path = out_dir / FINAL_NAME, out_dir / RESUME_NAME
     if final_path.is_file():
-        _check_same_training(load_checkpoint(final_path), config)
+        complete = load_checkpoint(final_path)
+        _check_same_training(complete, config)
+        _read_losses(out_dir, complete)
         resume_path.unlink(missing_ok=True)  # left by a kill between writing the one and removing the other
         return final_path
 
@@ -144,7 +147,7 @@ def train(
     model.to(device).train()
     optimizer = build_optimizer(model, settings)
     average = None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay)
-    start = 0
+    start, checkpoint = 0, None
     if resume_path.is_file():
         checkpoint = load_checkpoint(resume_path)
         _check_same_training(checkpoint, config)
@@ -154,7 +157,7 @@ def train(
         load_model_weights(model, checkpoint)
         load_optimizer_tensors(optimizer, model, checkpoint.optimizer)
         start = checkpoint.iteration
-    losses_file = _open_losses(out_dir, start)
+    losses_file = _open_losses(out_dir, checkpoint)
     threshold = settings.repeat_threshold
     factors = None if threshold is None else repeat_factors(dataset.image_labels(), threshold)
     loss_function = losses or diffusion_losses(model, dataset, config)
@@ -162,6 +165,7 @@ def train(
     def save(path: Path, iteration: int, *, with_optimizer: bool) -> None:
         # A checkpoint on the disk has its losses there too, even after a power cut.
         os.fsync(losses_file.fileno())
+        logged = (out_dir / LOSSES_NAME).read_bytes()
         save_checkpoint(
             path,
             model=model.state_dict(),
@@ -170,6 +174,7 @@ def train(
             class_names=tuple(dataset.class_names),
             optimizer=optimizer_tensors(optimizer, model) if with_optimizer else None,
             ema=None if average is None else average.tensors,
+            losses=(len(logged), hashlib.sha256(logged).hexdigest()),
         )
 
     clock = _Clock(start, settings.iterations)
@@ -376,16 +381,42 @@ def _check_same_training(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def _open_losses(out_dir: Path, iteration: int) -> TextIO:
-    """Open the log of losses for appending, without what comes after `iteration` and without a line cut by a kill."""
+def _read_losses(out_dir: Path, checkpoint: Checkpoint) -> bytes:
+    """The log of losses as it was when the checkpoint was written, without what came after.
+
+    Raises:
+        CheckpointError: part of it is gone or has changed.
+    """
     path = out_dir / LOSSES_NAME
     try:
+        content = path.read_bytes() if path.is_file() else b""
+        if checkpoint.losses is None:  # of an earlier version: a line cut by a kill is the last one, and comes after
+            lines = content.splitlines(keepends=True)
+            whole = (line for line in lines if line.endswith(b"\n"))
+            return b"".join(line for line in whole if json.loads(line)["iteration"] <= checkpoint.iteration)
+        size, digest = checkpoint.losses
+        if len(content) >= size and hashlib.sha256(content[:size]).hexdigest() == digest:
+            return content[:size]
+        problem = "is gone or cut off" if len(content) < size else "has changed"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        problem = "is damaged"
+    raise CheckpointError(
+        f"{path}: what was logged up to iteration {checkpoint.iteration} {problem}. Restore it, or delete "
+        f"{checkpoint.path.name} beside it to train from the start."
+    )
+
+
+def _open_losses(out_dir: Path, checkpoint: Checkpoint | None) -> TextIO:
+    """Open the log of losses for appending, without what came after the checkpoint that training goes on from."""
+    path = out_dir / LOSSES_NAME
+    kept = b"" if checkpoint is None else _read_losses(out_dir, checkpoint)
+    try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-        if kept != lines:
+        if path.is_file() and path.stat().st_size != len(kept):
             with replacing(path) as temporary:
-                temporary.write_text("".join(kept))
+                temporary.write_bytes(kept)
         return path.open("a")
     except OSError as error:
         raise CheckpointError(

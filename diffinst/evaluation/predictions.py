@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -134,8 +135,6 @@ class PredictionWriter:
                 f"{self._folder}: cannot write predictions: {error.strerror}; choose a writable folder"
             ) from error
         self.done_ids: set[int] = {record["image_id"] for record in iter_predictions(self._folder)}
-        shards = _shards(self._folder)
-        self._next_number = int(shards[-1].stem.split("-")[1]) + 1 if shards else 0
 
     def add(self, record: Record) -> None:
         """Take one image's record (`to_record`); it is on disk once its shard is full.
@@ -158,7 +157,8 @@ class PredictionWriter:
             return
         body = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in self._pending).encode()
         footer = {"num_images": len(self._pending), "sha256": hashlib.sha256(body).hexdigest()}
-        path = self._folder / f"predictions-{self._next_number:05d}.jsonl"
+        # The lowest number that is free: a shard that was lost comes back under its own name.
+        path = next(path for n in count() if not (path := self._folder / f"predictions-{n:05d}.jsonl").exists())
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as file:
@@ -170,7 +170,6 @@ class PredictionWriter:
             raise DataError(
                 f"{path}: cannot be written: {error.strerror}; the run can be repeated and goes on here"
             ) from error
-        self._next_number += 1
         self._pending = []
 
     def __enter__(self) -> Self:

@@ -185,3 +185,31 @@ def test_an_error_says_of_what_and_belongs_to_a_value() -> None:
         Metric(**(entry | {"value": None, "reason": "why"}), standard_error=0.01, error_of="images")
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         Metric(**entry, standard_error=-0.01, error_of="images")
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "results").glob("[!.]*/*/*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_every_committed_record_loads(path: Path) -> None:
+    content = json.loads(path.read_text())
+    record = load_record(path)
+    assert record.schema_version == record_module.SCHEMA_VERSION
+    assert (record.suite, record.run_id) == (path.parts[-3], path.stem)
+    assert record.metrics.keys() == content["metrics"].keys()
+    assert {name: found.value for name, found in record.metrics.items()} == {
+        name: found["value"] for name, found in content["metrics"].items()
+    }
+
+
+def test_there_are_committed_records_of_the_first_version() -> None:
+    versions = [json.loads(path.read_text())["schema_version"] for path in COMMITTED]
+    assert versions.count(1) >= 20
+
+
+@pytest.mark.parametrize("version", [3, 99, 10**30])
+def test_a_newer_version_is_refused_by_name(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps(make_record().model_dump(mode="json") | {"schema_version": version, "novelty": 1}))
+    with pytest.raises(RecordError, match=rf"new\.json: schema version {version}, but this program reads up to 2"):
+        load_record(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_plan import WORKER
 
-from bench import server
+from bench import server, store
 from bench.errors import StoreError
 from bench.plan import Node
 from bench.server import Job
@@ -119,3 +121,33 @@ def test_the_worker_leaves_before_loading_torch_if_its_parent_is_gone() -> None:
     orphan = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
     assert orphan.returncode == server.EXIT_FAILED
     assert orphan.stderr == ""
+
+
+@pytest.mark.parametrize("jump_s", [-86_400, 86_400])
+def test_a_clock_that_jumps_changes_no_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: int) -> None:
+    job, _ = make_job(tmp_path)
+
+    class Clock(datetime):
+        jumped = 0
+
+        @classmethod
+        def now(cls, _zone: Any = None) -> datetime:
+            return datetime(2026, 1, 2, 12, tzinfo=UTC) + timedelta(seconds=cls.jumped)
+
+    def work(job: Job) -> dict[str, Any]:
+        Clock.jumped = jump_s
+        return {}
+
+    monkeypatch.setattr(store, "datetime", Clock)
+    assert server._run_job(work, job) == 0
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done["started_at"] == "2026-01-02T12:00:00Z"
+    assert "2026-01-02T12:00:00Z" <= done["finished_at"] < "2026-01-02T13:00:00Z"
+    assert 0 <= done["duration_s"] < 3600
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    event = server._describe(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "attempts.txt")))
+    assert event["category"] == "user"
+    assert event["text"].startswith(f"{tmp_path}/attempts.txt: cannot be written: no space left on the device. Free")
+    assert server._describe(OSError(errno.ENOENT, "No such file", "x"))["category"] == "crash"

@@ -15,7 +15,7 @@ from bench import store as store_module
 from bench.errors import StoreError
 from bench.plan import Node
 from bench.record import dump_json, metric
-from bench.store import NodeResult, Store, write_atomic
+from bench.store import NodeResult, Store, later_text, write_atomic
 
 NODE = Node(id="train-1", kind="train", inputs=("dataset-1",), spec={"seed": 0, "steps": (1, 2)})
 
@@ -90,7 +90,7 @@ def test_one_id_is_one_specification(store: Store) -> None:
 def test_a_damaged_claim_is_named(store: Store, text: str) -> None:
     folder = finish(store)
     (folder / "done.json").write_text(text)
-    with pytest.raises(StoreError, match=r"done\.json: corrupt, or of another version\. Delete its folder"):
+    with pytest.raises(StoreError, match=r"done\.json: corrupt, or of another version\. Delete this file"):
         store.is_done("train-1")
 
 
@@ -247,3 +247,58 @@ def test_what_a_kill_left_of_them_is_removed(store: Store) -> None:
     (folder / ".ab.patch.x.tmp").write_text("half")
     with store.lock():
         assert [path.name for path in folder.iterdir()] == ["ab.patch"]
+
+
+@pytest.mark.parametrize("link", [".store", "suite", "suite/machine", "suite/machine/history", ".store/train-1"])
+def test_no_link_leads_out_of_the_results_folder(tmp_path: Path, link: str) -> None:
+    store, outside = Store(tmp_path / "results"), tmp_path / "outside"
+    outside.mkdir()
+    (store.root / link).parent.mkdir(parents=True)
+    (store.root / link).symlink_to(outside)
+
+    def write() -> None:
+        with store.lock():
+            store.begin(NODE)
+            store.write_record(make_record(suite="suite"), "machine")
+
+    with pytest.raises(StoreError, match=r"a link leads from here to .*outside.*, out of the results folder .* Remove"):
+        write()
+    assert not list(outside.iterdir())
+
+
+def test_no_file_outside_is_written_through_a_link(tmp_path: Path) -> None:
+    store, precious = Store(tmp_path / "results"), tmp_path / "precious"
+    precious.write_text("precious")
+    store.root.mkdir()
+    (store.root / ".lock").symlink_to(precious)
+    with pytest.raises(StoreError), store.lock():
+        pass
+    (store.folder("train-1")).mkdir(parents=True)
+    (store.folder("train-1") / "losses.jsonl").symlink_to(precious)
+    with pytest.raises(StoreError, match=r"losses\.jsonl: a link leads"):
+        store.begin(NODE)
+    assert precious.read_text() == "precious"
+
+
+def test_the_results_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "results").symlink_to(tmp_path / "disk")
+    store = Store(tmp_path / "results")
+    with store.lock():
+        store.begin(NODE)
+        assert store.write_record(make_record(suite="suite"), "machine") == "new"
+
+
+def test_an_end_is_never_before_its_start() -> None:
+    assert later_text("2026-12-31T23:59:59Z", 1.5) == "2027-01-01T00:00:00Z"
+
+
+def test_bytes_that_are_no_text_are_named_or_counted(store: Store) -> None:
+    folder = finish(store)
+    (folder / "attempts.txt").write_bytes(b"\xff\n\xfe\n")
+    assert store.attempts("train-1") == 2
+    (folder / "failure.txt").write_bytes(b"no \xff\n")
+    assert store.unfinished("train-1") == "failed before: no \ufffd"
+    (folder / "done.json").write_bytes(b"\xff{}")
+    with pytest.raises(StoreError, match=r"done\.json: corrupt"):
+        store.result("train-1")

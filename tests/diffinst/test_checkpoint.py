@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -169,3 +170,35 @@ class TestErrors:
             load_model_weights(nn.Sequential(nn.Linear(3, 4), nn.Identity()), load_checkpoint(saved))
         with pytest.raises(CheckpointError, match=r"2.weight is missing; 2.bias is missing\. Use"):
             load_model_weights(small_model().append(nn.Linear(4, 1)), load_checkpoint(saved))
+
+
+def test_flipped_bytes_are_found(saved: Path) -> None:
+    whole = saved.read_bytes()
+    keys = [whole.index(f'"{key}":'.encode()) + 1 for key in ("sha256", "iteration", "config", "diffinst_format")]
+    for place in sorted({*range(0, len(whole), 5), *(key + offset for key in keys for offset in range(6))}):
+        data = bytearray(whole)
+        data[place] ^= 1
+        saved.write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"^{saved}: "):
+            pytest.fail(f"byte {place} goes unseen: {load_checkpoint(saved).iteration}")
+    saved.write_bytes(whole)
+    assert load_checkpoint(saved).iteration == 42
+
+
+def test_a_file_from_before_there_were_checksums_loads(saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    del metadata["sha256"]
+    save_file(tensors, saved, metadata=metadata)
+    checkpoint = load_checkpoint(saved)
+    assert (checkpoint.iteration, checkpoint.losses) == (42, None)
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    for number in range(8):  # the library's own order changes from file to file
+        save_checkpoint(
+            tmp_path / f"{number}", model=small_model().state_dict(), config=CONFIG, iteration=1, class_names=("ü",)
+        )
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert load_checkpoint(tmp_path / "0").class_names == ("ü",)

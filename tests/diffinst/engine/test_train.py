@@ -147,6 +147,25 @@ def test_a_line_cut_by_a_kill_is_dropped(undisturbed: Path, tmp_path: Path) -> N
     assert_same_training(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_losses_that_are_lost_are_told(tmp_path: Path, damage: str) -> None:
+    train(tiny_model(), Rectangles(), tiny_config(), tmp_path, stop=stop_after(5))
+    path = tmp_path / "losses.jsonl"
+    before = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(before[:-40] if damage == "cut" else before.replace(b"1", b"2", 1))
+    message = rf"{path}: what was logged up to iteration 5 .* delete checkpoint\.safetensors beside it to train"
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny_model(), Rectangles(), tiny_config(), tmp_path)
+    path.write_bytes(before)
+    train(tiny_model(), Rectangles(), tiny_config(), tmp_path)
+    path.write_bytes(before)
+    with pytest.raises(CheckpointError, match=r"up to iteration 10 is gone .* delete model\.safetensors beside it"):
+        train(tiny_model(), Rectangles(), tiny_config(), tmp_path)
+
+
 def test_progress_is_reported(tmp_path: Path) -> None:
     seen: list[TrainProgress] = []
     train(tiny_model(), Rectangles(), tiny_config(iterations=7, log_every=3), tmp_path, progress=seen.append)

@@ -194,3 +194,25 @@ def test_an_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/x: cannot write predictions: .*writable folder"):
         PredictionWriter(tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("lost", [(0,), (1,), (2,), (0, 1), (0, 2), (0, 1, 2)])
+def test_lost_shards_come_back_as_they_were(tmp_path: Path, lost: tuple[int, ...]) -> None:
+    _write(tmp_path, range(6))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for number in lost:
+        (tmp_path / f"predictions-0000{number}.jsonl").unlink()
+    with PredictionWriter(tmp_path, shard_size=2) as writer:
+        for image_id in sorted(set(range(6)) - writer.done_ids):
+            writer.add(_record(image_id))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_every_flipped_byte_of_a_shard_is_found(tmp_path: Path) -> None:
+    _write(tmp_path, range(2))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"predictions-00000\.jsonl: .* Delete this file"):
+            pytest.fail(f"byte {place} goes unseen: {list(iter_predictions(tmp_path))}")
