@@ -12,10 +12,11 @@ Cells are matched by suite and axes; runs that differ in seeds only are one cell
    was disturbed more than the other: its shares of contended or throttled samples differ by more than `UNLIKE_SHARES`.
 
 The standard error of an effect is put together from what varies: for times, the samples of a run and the floor from run
-to run; for memory, the floor; for AP, the images (resampled together where both match tables are at hand, else the
-records' standard errors) and the floor. Without a floor, several runs of a cell stand in for it, paired by their seeds;
-one run without a floor says nothing about times and memory. The two sides of a race (`bench.race`) are compared image
-by image, and its rounds, of which each starts both sides anew, say how much runs differ.
+to run; for memory, the floor; for AP, the images (resampled together where both match tables are at hand or the records
+carry resamples drawn together, else the records' standard errors) and the floor. Without a floor, several runs of a
+cell stand in for it, paired by their seeds; one run without a floor says nothing about times and memory. The two sides
+of a race (`bench.race`) are compared image by image, and its rounds, of which each starts both sides anew, say how much
+runs differ.
 
 Effects are logarithms of ratios, but differences for AP. `relative` is a fraction of the better value, so that swapping
 base and head swaps `better` and `worse`.
@@ -43,6 +44,7 @@ from bench.report.latency import disturbed_share
 from bench.report.metrics import axis_text
 from bench.stats.bootstrap import Interval, Matches, bootstrap_difference, holm
 from bench.stats.latency import Ratio, log_error, p_of, paired_ratio
+from bench.stats.paired import paired_difference, why_not_together
 from bench.stats.student import combine, two_sided_quantile
 
 # 'segm' and 'bbox' -> match table of a record's run, or None where it is not at hand.
@@ -346,6 +348,8 @@ class _Judge:
         if len(directions) > 1 or len(units) > 1:
             return replace(row, outcome=Outcome.NOT_COMPARABLE, reason="unit or direction differs")
         if kind == "score":
+            if apart := next((told for pair in pairs if (told := why_not_together(pair))), ""):
+                return replace(row, outcome=Outcome.NOT_COMPARABLE, reason=apart)
             head = metric.partition("/")[0]
             if head not in resampled:
                 resampled[head] = self._resample(head, pairs)
@@ -446,6 +450,12 @@ class _Judge:
                 # The same images in all runs: their share does not shrink with the number of runs.
                 variance = statistics.fmean((interval.standard_error or 0.0) ** 2 for interval in found)
                 return [(variance, max(1, found[0].count - 1))], "images, paired"
+        if drawn is None:
+            carried = [paired_difference([old], [new], metric) for old, new in pairs]
+            known = [interval.standard_error for interval in carried if interval is not None]
+            if len(known) == len(pairs) and all(error is not None for error in known):
+                variance = statistics.fmean((error or 0.0) ** 2 for error in known)
+                return [(variance, math.inf)], "images, paired"
         stored = [[_standard_error(record, metric) for record in pair] for pair in pairs]
         if any(error is None for pair in stored for error in pair):
             return None, ""

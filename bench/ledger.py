@@ -6,6 +6,7 @@ reader without them gets the same ledger and the same tables.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from bench.claims import Claim
 from bench.fields import did_you_mean
 from bench.report.cells import Record, bare
+from bench.stats.student import two_sided_quantile
 from bench.store import Store
 from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axis_value_text, load_suite
 from bench.verdict import Judgement, Measured, judge, spread
@@ -274,9 +276,11 @@ def _measured(records: Sequence[Record], metric: str, against: tuple[str, ...], 
     values = [statistics.fmean(group) for group in groups.values()]
     mean = statistics.fmean(values)
     interval, basis = spread(values), f"{len(values)} {'trainings' if is_training else 'runs'}"
-    recorded = records[0]["metrics"][metric].get("interval")
-    if interval is None and len(records) == 1 and recorded is not None:
-        interval, basis = (recorded[0] * scale, recorded[1] * scale), "of the record"
+    error = records[0]["metrics"][metric].get("standard_error")
+    # What images do to one training says nothing about another one.
+    if interval is None and len(records) == 1 and error is not None and not is_training:
+        half = two_sided_quantile(0.05, math.inf) * error * scale
+        interval, basis = (mean - half, mean + half), f"{records[0]['metrics'][metric]['error_of']} of one run"
     elif interval is None and claim is not None and claim.fields.deterministic:
         interval, basis = (mean, mean), "nothing is drawn at random"
     return Measured(mean, interval, basis if interval else "", len(records), against)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.record import pack_resamples
+
 MIB = 2**20
 
 
@@ -69,6 +71,17 @@ def make_record(
         "duration_s": 60.0,
         "log": "",
     }
+
+
+def with_error(record: dict[str, Any], error: float, drawn: Any = (), *, images: str = "a") -> dict[str, Any]:
+    """The record with a standard error of mask AP over images, and mask AP of resampled images."""
+    record["metrics"]["segm/AP"] |= {"standard_error": error, "error_of": "images"}
+    if len(drawn):
+        values = pack_resamples([float(value) for value in drawn])
+        record["resamples"] = {
+            "segm/AP": {"images": images, "num_images": 200, "seed": 0, "count": len(drawn), "values": values}
+        }
+    return record
 
 
 def make_grid() -> list[dict[str, Any]]:

@@ -66,6 +66,8 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.report.latency": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.stats.latency": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.bootstrap": {"torch", "diffinst", "matplotlib", "pandas"},
+    "bench.stats.paired": {"torch", "diffinst.model", "matplotlib", "pandas"},
+    "bench.report.best": {"torch", "diffinst.model", "matplotlib", "pandas"},
     "bench.stats.scores": {"torch", "diffinst", "matplotlib", "pandas"},
     "bench.stats.match_files": {"torch", "diffinst.model", "matplotlib", "pandas"},
 }

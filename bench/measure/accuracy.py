@@ -86,6 +86,10 @@ def measure_accuracy(
     )
     found.metrics["num_images"] = metric("num_images", scores.num_images)
     found.metrics["num_instances"] = metric("num_instances", scores.num_instances)
+    if annotation_format(data) == "lvis":
+        rare = {category["id"] for category in scorable.content["categories"] if category["frequency"] == "r"}
+        count = sum(annotation["category_id"] in rare for annotation in scorable.content["annotations"])
+        found.metrics["num_instances/rare"] = metric("num_instances/rare", count)
     compared: dict[str, float] = {}
     for iou_type in iou_types:
         if iou_type not in scorable.missing:

@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bench.report.metrics import axis_text
+from bench.stats.paired import SeedKey, seed_parts, why_not_together
+from bench.stats.student import combine, two_sided_quantile
 
 Record = Mapping[str, Any]
-State = Literal["ok", "failed", "skipped", "missing", "unmeasured", "absent"]
+State = Literal["ok", "failed", "skipped", "missing", "unmeasured", "incomparable", "absent"]
 
 # States that have to be told; 'absent' is a combination of axis values that the suite does not ask for.
-STATES: tuple[State, ...] = ("failed", "skipped", "missing", "unmeasured")
+STATES: tuple[State, ...] = ("failed", "skipped", "missing", "unmeasured", "incomparable")
 STATE_TEXT: dict[State, str] = {
     "failed": "failed",
     "skipped": "skipped",
     "missing": "missing",
     "unmeasured": "not measured",
+    "incomparable": "not comparable",
     "absent": "not in the suite",
 }
-# Runs that differ in these axes only repeat one measurement; a cell shows their mean and standard deviation.
+# Runs that differ in these axes only repeat one measurement; a cell shows their mean and how sure it is.
 REPEAT_AXES = ("seed", "eval_seed", "round")
 
 
@@ -37,6 +40,8 @@ class Value:
     mean: over the runs that measured it; None in every state but 'ok'. spread: sample standard deviation, None for one.
     low, high: mean 5th and 95th percentile, where the records have them. count of `total` runs measured it.
     reason: why it is not there, from the record, in one line.
+    half: half the 95 % interval of the mean, where the records' own standard errors and the seeds give one. over: what
+    would have to be drawn again for the value to vary so: 'images', '2 trainings', '3 evaluation seeds'.
     """
 
     state: State
@@ -47,6 +52,8 @@ class Value:
     count: int = 0
     total: int = 0
     reason: str = ""
+    half: float | None = None
+    over: tuple[str, ...] = ()
 
 
 def bare(name: str) -> str:
@@ -134,11 +141,19 @@ def group_by(records: Sequence[Record], names: Sequence[str]) -> dict[tuple[Any,
 
 
 def value_of(records: Sequence[Record], metric: str) -> Value:
-    """What the runs of one cell (they differ in seeds only) say about `metric`; no runs at all is 'absent'."""
+    """What the runs of one cell (they differ in seeds only) say about `metric`; no runs at all is 'absent'.
+
+    AP of runs that were scored on different images is not averaged: the cell is 'incomparable'.
+    """
     if not records:
         return Value("absent")
-    numbers = [number for record in records if (number := _number(record, metric)) is not None]
+    measured = [(record, number) for record in records if (number := _number(record, metric)) is not None]
+    numbers = [number for _, number in measured]
     if numbers:
+        apart = why_not_together([record for record, _ in measured]) if is_score(metric) else None
+        if apart:
+            return Value("incomparable", total=len(records), reason=apart)
+        half, over = _interval(records, metric)
         lows, highs = ([_number(record, f"{metric}/{end}") for record in records] for end in ("p5", "p95"))
         return Value(
             "ok",
@@ -148,6 +163,8 @@ def value_of(records: Sequence[Record], metric: str) -> Value:
             high=_mean(highs),
             count=len(numbers),
             total=len(records),
+            half=half,
+            over=over,
         )
     # With nothing measured, the gravest state speaks for the cell.
     for state in STATES:
@@ -156,6 +173,37 @@ def value_of(records: Sequence[Record], metric: str) -> Value:
             if state == status or (state == "unmeasured" and status == "ok"):
                 return Value(state, total=len(records), reason=_reason(record, metric))
     raise ValueError(f"record {records[0].get('run_id')}: unknown status {records[0].get('status')!r}")
+
+
+def is_score(metric: str) -> bool:
+    """Is it AP or AR, a number of a set of images?"""
+    return metric.startswith(("segm/", "bbox/"))
+
+
+def runs_of(records: Sequence[Record], metric: str) -> dict[SeedKey, tuple[Record, float]]:
+    """(training seed, evaluation seed) -> the run and its number, of those that measured it."""
+    found = {}
+    for record in records:
+        if (number := _number(record, metric)) is not None:
+            found[axis_value(record, "seed"), axis_value(record, "eval_seed")] = record, number
+    return found
+
+
+def _interval(records: Sequence[Record], metric: str) -> tuple[float | None, tuple[str, ...]]:
+    """Half the 95 % interval of the mean of runs, and over what; (None, ()) where a run has no error of its own.
+
+    Variances of independent parts add up: that of the images, the same in all runs and therefore not made smaller by
+    their number, and that of the seeds (`seed_parts`). Few seeds are paid for by Student's t, its degrees of freedom
+    put together after Welch and Satterthwaite.
+    """
+    runs = runs_of(records, metric)
+    errors = [record["metrics"][metric].get("standard_error") for record, _ in runs.values()]
+    if not errors or any(error is None for error in errors):
+        return None, ()
+    seeds = seed_parts({key: number for key, (_, number) in runs.items()})
+    images = (statistics.fmean(error**2 for error in errors), math.inf)
+    error, degrees = combine([images, *((variance, df) for variance, df, _ in seeds)])
+    return two_sided_quantile(0.05, degrees) * error, ("images", *(of for _, _, of in seeds))
 
 
 def unit_of(records: Iterable[Record], metric: str) -> str:

@@ -42,7 +42,13 @@ CATEGORICAL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
 # Ends of an ordered ramp whose lightness falls evenly (it reads in grey too); both hold 3:1 against white.
 _RAMP = ((0.96, 0.55, 0.17), (0.80, 0.27, 0.36), (0.46, 0.15, 0.50), (0.13, 0.09, 0.38))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_STATE_MARKERS: dict[State, str] = {"failed": "x", "skipped": "o", "missing": "_", "unmeasured": "d"}
+_STATE_MARKERS: dict[State, str] = {
+    "failed": "x",
+    "skipped": "o",
+    "missing": "_",
+    "unmeasured": "d",
+    "incomparable": "D",
+}
 # Sizes that look equal: a triangle of size 6.5 is smaller than a disc of 6.5.
 _MARKER_SIZES = {"o": 6.8, "s": 6.2, "^": 7.8, "D": 5.8, "v": 7.8, "P": 7.6, "X": 7.6, "h": 7.4}
 _INK, _GREY, _LIGHT, _SHADE = "#1F2328", "#59636E", "#DDE2E8", "#F3F5F8"
@@ -244,6 +250,8 @@ def _scaled(value: Value, style: Style) -> Value:
         value.count,
         value.total,
         value.reason,
+        scale(value.half),
+        value.over,
     )
 
 

@@ -10,10 +10,11 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from bench.report.best import Best, find_best
 from bench.report.cells import (
     REPEAT_AXES,
     STATE_TEXT,
@@ -24,6 +25,7 @@ from bench.report.cells import (
     axis_value,
     bare,
     group_by,
+    is_score,
     metric_names,
     ordered,
     unit_of,
@@ -32,6 +34,7 @@ from bench.report.cells import (
 )
 from bench.report.conditions import conditions
 from bench.report.metrics import Style, axis_label, axis_text, csv_field, style_of
+from bench.stats.paired import image_sets
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -52,8 +55,16 @@ LONG_METRICS = (
     "num_parameters",
     "flops",
 )
-_MARKS: dict[State, str] = {"failed": "✗", "skipped": "○", "missing": "?", "unmeasured": "n/a", "absent": "·"}
+_MARKS: dict[State, str] = {
+    "failed": "✗",
+    "skipped": "○",
+    "missing": "?",
+    "unmeasured": "n/a",
+    "incomparable": "≠",
+    "absent": "·",
+}
 _MAX_REASONS = 8
+_FEW_RARE_INSTANCES = 100  # with fewer, one that is found or lost moves APr by more than a point
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,8 @@ class Entry:
     """text: as people read it. csv: one field per CSV name of its column. state: why there is no number, or 'ok'.
 
     without_range: `text` where there is little room; '' for the same. lost: its end, where runs have no number.
-    link: what Markdown and LaTeX link the text to, relative to the written file; '' for nothing.
+    link: what Markdown and LaTeX link the text to, relative to the written file; '' for nothing. is_best: better than
+    all others of its kind beyond chance, and bold therefore.
     """
 
     text: str
@@ -80,6 +92,7 @@ class Entry:
     without_range: str = ""
     lost: str = ""
     link: str = ""
+    is_best: bool = False
 
     @property
     def short(self) -> str:
@@ -104,7 +117,7 @@ class Table:
 
 
 def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: str, title: str | None = None) -> Table:
-    """One metric over two axes; other axes that vary become leading columns, and seeds become mean ± deviation.
+    """One metric over two axes; other axes that vary become leading columns, and seeds become one mean.
 
     Args:
         records: JSON objects of RunRecord, 'missing' ones included where a plan is known.
@@ -119,13 +132,21 @@ def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: st
     keys = _row_keys(records, [*others, rows])
 
     full = len(keys) * len(column_values)
+    values = {cell: value_of(found, metric) for cell, found in groups.items()}
+    best = find_best(groups, [metric])
+    spans = _Spans.of(values.values())
     body = []
     for key in keys:
-        values = [value_of(groups.get((*key, column), []), metric) for column in column_values]
-        entries = [_entry(value, style, quantiles=False) for value in values]
+        entries = []
+        for column in column_values:
+            cell = (*key, column)
+            entry = _entry(values.get(cell, Value("absent")), style, spans, quantiles=False)
+            entries.append(replace(entry, is_best=(metric, cell) in best.cells))
         body.append((*(_key_entry(part) for part in key), *entries))
     key_columns = [_key_column(name, records) for name in [*others, rows]]
-    value_columns = [Column(axis_text(value), (f"{bare(columns)}={axis_text(value)}",)) for value in column_values]
+    value_columns = [
+        Column(axis_text(value), spans.csv_names(f"{bare(columns)}={axis_text(value)}")) for value in column_values
+    ]
     return Table(
         title=title or f"{_capital(style.heading)} by {axis_label(rows)} and {axis_label(columns)}",
         columns=(*key_columns, *value_columns),
@@ -133,7 +154,10 @@ def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: st
         num_keys=len(key_columns),
         column_axis=axis_label(columns),
         conditions=conditions(records),
-        notes=_notes(records, [metric], quantiles=False) + (("· not in the suite.",) if len(groups) < full else ()),
+        notes=(
+            *_notes(records, [metric], list(values.values()), best, quantiles=False),
+            *(("· not in the suite.",) if len(groups) < full else ()),
+        ),
     )
 
 
@@ -149,20 +173,25 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
     names = list(metrics) or _default_metrics(records, known)
     axes = varying_axes(records) or _fallback_axes(records)
     groups = group_by(records, axes)
+    values = {(name, key): value_of(found, name) for name in names for key, found in groups.items()}
+    best = find_best(groups, names)
+    spans = {name: _Spans.of(value for (of, _), value in values.items() if of == name) for name in names}
     body = []
     for key in _row_keys(records, axes):
         entries = []
         for name in names:
             style = style_of(name, unit_of(records, name))
-            entries.append(_entry(value_of(groups[key], name), style, quantiles=style.quantiles))
+            entry = _entry(values[name, key], style, spans[name], quantiles=style.quantiles)
+            entries.append(replace(entry, is_best=(name, key) in best.cells))
         body.append((*(_key_entry(part) for part in key), *_said_once(entries)))
+    metric_columns = [_metric_column(name, records, spans[name]) for name in names]
     return Table(
         title=title or "All cells",
-        columns=(*(_key_column(name, records) for name in axes), *(_metric_column(name, records) for name in names)),
+        columns=(*(_key_column(name, records) for name in axes), *metric_columns),
         rows=tuple(body),
         num_keys=len(axes),
         conditions=conditions(records),
-        notes=_notes(records, names, quantiles=True),
+        notes=_notes(records, names, list(values.values()), best, quantiles=True),
     )
 
 
@@ -261,7 +290,10 @@ class TerminalTable:
             text = heading if ranges or self.table.column_axis else heading.replace(" ", "\n")
             shown.add_column(Text(text), justify="right" if column.align_right else "left")
         for row in self.table.rows:
-            texts = [(entry.text if ranges else entry.short, colours.get(entry.state, "")) for entry in row]
+            texts = [
+                (entry.text if ranges else entry.short, "bold" if entry.is_best else colours.get(entry.state, ""))
+                for entry in row
+            ]
             shown.add_row(*(Text(text, style=style, no_wrap=True) for text, style in texts))
         return shown
 
@@ -299,27 +331,57 @@ def _key_entry(value: Any) -> Entry:
     return Entry(axis_text(value), (axis_text(value),))
 
 
-def _metric_column(name: str, records: Sequence[Record]) -> Column:
+@dataclass(frozen=True)
+class _Spans:
+    """What the intervals of a column, or of a grid, are over; none of them where no value has an interval."""
+
+    over: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def of(cls, values: Iterable[Value]) -> _Spans:
+        return cls(tuple(dict.fromkeys(value.over for value in values if value.half is not None)))
+
+    def csv_names(self, name: str, unit: str = "") -> tuple[str, ...]:
+        return (f"{name}{unit}", f"{name} ±{unit}", f"{name} ± over") if self.over else (f"{name}{unit}",)
+
+
+def _metric_column(name: str, records: Sequence[Record], spans: _Spans) -> Column:
     style = style_of(name, unit_of(records, name))
     unit = f" [{style.unit}]" if style.unit else " [x100]" if style.scale == 100 else ""
     ends = (f"{name}/p5{unit}", f"{name}/p95{unit}") if style.quantiles else ()
-    return Column(style.label, (f"{name}{unit}", *ends), style.unit)
+    return Column(style.label, (*spans.csv_names(name, unit), *ends), style.unit)
 
 
-def _entry(value: Value, style: Style, *, quantiles: bool) -> Entry:
+def _entry(value: Value, style: Style, spans: _Spans, *, quantiles: bool) -> Entry:
     if value.mean is None:
         word = STATE_TEXT[value.state]
         text = _MARKS[value.state] if value.state in {"unmeasured", "absent"} else f"{_MARKS[value.state]} {word}"
-        return Entry(text, (word, word, word) if quantiles else (word,), value.state)
-    text, range_ = style.format(value.mean), ""
-    if value.spread is not None:
+        return Entry(text, (word,) * ((3 if spans.over else 1) + 2 * quantiles), value.state)
+    text, short, range_ = style.format(value.mean), style.format(value.mean), ""
+    if value.half is not None:
+        text += f" ± {style.format(value.half)}"
+        if len(spans.over) > 1:
+            text += f" ({_and(value.over)})"
+    elif value.spread is not None:
         text += f" ± {style.format(value.spread)}"
+        short = text
     if quantiles and value.low is not None and value.high is not None:
         range_ = f" ({style.format(value.low)}–{style.format(value.high)})"
     lost = f", {value.count} of {value.total} runs" if value.count < value.total else ""
-    numbers = (value.mean, value.low, value.high) if quantiles else (value.mean,)
-    fields = tuple("" if number is None else f"{number * style.scale:.6g}" for number in numbers)
-    return Entry(text + range_ + lost, fields, without_range=text + lost, lost=lost)
+    fields = [_csv_number(value.mean, style)]
+    if spans.over:
+        fields += [_csv_number(value.half, style), _and(value.over)]
+    if quantiles:
+        fields += [_csv_number(value.low, style), _csv_number(value.high, style)]
+    return Entry(text + range_ + lost, tuple(fields), without_range=short + lost, lost=lost)
+
+
+def _csv_number(number: float | None, style: Style) -> str:
+    return "" if number is None else f"{number * style.scale:.6g}"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _said_once(entries: Sequence[Entry]) -> list[Entry]:
@@ -342,17 +404,61 @@ def _said_once(entries: Sequence[Entry]) -> list[Entry]:
     return shown
 
 
-def _notes(records: Sequence[Record], metrics: Sequence[str], *, quantiles: bool) -> tuple[str, ...]:
+def _notes(
+    records: Sequence[Record], metrics: Sequence[str], values: Sequence[Value], best: Best, *, quantiles: bool
+) -> tuple[str, ...]:
     notes = []
     if any(style_of(name).scale == 100 for name in metrics):
         notes.append("AP and AR are ×100.")
     if any(style_of(name).quantiles for name in metrics):
         notes.append("Latency is the median per image" + (" (5th–95th percentile)." if quantiles else "."))
+    shown = [value for value in values if value.mean is not None]
+    spans = _Spans.of(shown)
+    if spans.over:
+        what = f"over {_and(spans.over[0])}" if len(spans.over) == 1 else "over what stands in brackets"
+        notes.append(f"± of AP and AR: half the 95 % interval, {what}.")
     seeds = {name: {axis_value(record, name) for record in records} for name in REPEAT_AXES}
-    repeated = [f"{len(values)} {axis_label(name)}s" for name, values in seeds.items() if len(values) > 1]
-    if repeated:
-        notes.append(f"Mean ± standard deviation over {' × '.join(repeated)}.")
-    return (*notes, *absences(records, metrics))
+    repeated = [f"{len(found)} {axis_label(name)}s" for name, found in seeds.items() if len(found) > 1]
+    if repeated and (not spans.over or any(value.half is None for value in shown)):
+        other = "Other values: mean" if spans.over else "Mean"
+        notes.append(f"{other} ± standard deviation over {' × '.join(repeated)}.")
+    if best.num_tests:
+        family = f"Holm's procedure over {best.num_tests} comparison{'' if best.num_tests == 1 else 's'}"
+        test = f"(95 %, paired on the same images, {family})"
+        bold = f"Bold: better than the next best beyond chance {test}."
+        notes.append(bold if best.cells else f"No value is better than the next best beyond chance {test}.")
+    notes += _warnings(records, metrics)
+    incomparable = dict.fromkeys(value.reason for value in values if value.state == "incomparable")
+    marked = [f"{_MARKS['incomparable']} not comparable, and not averaged: {reason}." for reason in incomparable]
+    return (*notes, *marked, *absences(records, metrics))
+
+
+def _warnings(records: Sequence[Record], metrics: Sequence[str]) -> list[str]:
+    """What a reader of AP has to know of the sets of images it was taken on."""
+    scores = [name for name in metrics if is_score(name)]
+    measured = [record for record in records if any(value_of([record], name).state == "ok" for name in scores)]
+    found = []
+    counts = sorted({count for count, _ in image_sets(measured) if count is not None})
+    if len(counts) > 1:
+        found.append(
+            f"Sets of {_and([str(count) for count in counts])} images: AP of one is not comparable to another's."
+        )
+    lvis = [record for record in measured if _is_lvis(record)]
+    rare = [record["metrics"].get("num_instances/rare", {}).get("value") for record in lvis]
+    known = [int(count) for count in rare if count is not None]
+    has_rare = any(name.endswith("/APr") for name in scores)
+    if lvis and (has_rare or (known and min(known) < _FEW_RARE_INSTANCES)):
+        how_many = f" on {min(known)} instances of rare classes" if known else " on few instances"
+        found.append(
+            f"Caution, LVIS: rare classes have at most 10 training images each, and APr rests{how_many}: "
+            "it moves by chance alone, and AP with it."
+        )
+    return found
+
+
+def _is_lvis(record: Record) -> bool:
+    data = record.get("config", {}).get("data", {})
+    return data.get("annotation_format") == "lvis" or str(data.get("dataset", "")).startswith("lvis")
 
 
 def absences(records: Sequence[Record], metrics: Sequence[str]) -> tuple[str, ...]:
@@ -437,6 +543,7 @@ _LATEX = {
     "○": r"$\circ$",
     "↓": r"$\downarrow$",
     "→": r"$\rightarrow$",
+    "≠": r"$\neq$",
 }
 
 
@@ -451,11 +558,15 @@ def _latex_heading(column: Column) -> str:
 
 def _markdown_entry(entry: Entry) -> str:
     text = _markdown_escape(entry.text)
+    if entry.is_best:
+        text = f"**{text}**"
     return f"[{text}]({entry.link.replace(' ', '%20')})" if entry.link else text
 
 
 def _latex_entry(entry: Entry) -> str:
     text = _latex_escape(entry.text)
+    if entry.is_best:
+        text = f"\\textbf{{{text}}}"
     if entry.link:
         target = re.sub(r"([%#{}])", r"\\\1", entry.link)
         text = f"\\href{{{target}}}{{{text}}}"

@@ -11,9 +11,10 @@ and interpolated precision over fewer distinct images is higher, so AP of resamp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,9 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 _EPSILON = np.spacing(1)
 _Z_95 = 1.959963984540054  # of the standard normal: 95 % lie within
 _CHUNK = 250  # resamples at a time, to bound memory
+_NUM_THREADS = 2
+
+_Found = TypeVar("_Found")
 
 
 class Matches(Protocol):
@@ -271,11 +275,17 @@ def bootstrap_difference(
     }
 
 
+def in_chunks(compute: Callable[[np.ndarray], _Found], weights: np.ndarray) -> list[_Found]:
+    """`compute` of the resamples (I, B), some at a time and two at once (NumPy lets threads run), in their order."""
+    parts = [weights[:, first : first + _CHUNK] for first in range(0, weights.shape[1], _CHUNK)]
+    if len(parts) < 2:
+        return [compute(part) for part in parts]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(compute, parts))
+
+
 def _resample(resampler: Resampler, weights: np.ndarray) -> dict[str, np.ndarray]:
-    parts = [
-        summarise(resampler.average_precision(weights[:, first : first + _CHUNK]))
-        for first in range(0, weights.shape[1], _CHUNK)
-    ]
+    parts = in_chunks(lambda part: summarise(resampler.average_precision(part)), weights)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

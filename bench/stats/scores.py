@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.stats.bootstrap import Matches, Resampler, draw_weights
+from bench.stats.bootstrap import Matches, Resampler, draw_weights, in_chunks
 
 NUM_RESAMPLES = 1000
 SEED = 0
@@ -20,7 +20,6 @@ TOLERANCE = 1e-6  # between two evaluators: both compute with 53 bits, so this i
 # Metrics whose resampled values a record keeps, so that it can be compared with another one image by image.
 PAIRED = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 
-_CHUNK = 250  # resamples at a time, to bound memory
 _THRESHOLDS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}
 _SIZES = {"s": "small", "m": "medium", "l": "large"}
 _RECALL_LIMITS = (1, 10, 100)
@@ -71,9 +70,7 @@ def resample_scores(
     # One image gives the same resample again and again, which tells nothing.
     count = num_resamples if num_images > 1 else 0
     weights = draw_weights(num_images, count, seed)
-    parts = [
-        _numbers(resamplers, weights[:, first : first + _CHUNK], frequencies)[0] for first in range(0, count, _CHUNK)
-    ]
+    parts = in_chunks(lambda part: _numbers(resamplers, part, frequencies)[0], weights)
     found = {
         name: Resampled(_defined(value[0]), np.concatenate([part[name] for part in parts]) if parts else np.zeros(0))
         for name, value in values.items()

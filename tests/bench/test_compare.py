@@ -14,6 +14,7 @@ import pytest
 from compare_records import MACHINE, raced, timed_record, timed_run, with_marks
 from hypothesis import given
 from hypothesis import strategies as st
+from report_records import with_error
 
 import bench.compare
 from bench.calibration import Floor, Noise, calibrate
@@ -300,6 +301,23 @@ def test_stored_standard_errors_serve_where_there_are_no_tables() -> None:
     row = only(compare(unsure[:1], unsure[1:], AP_ONLY))
     assert (row.outcome, row.reason) == (Outcome.NOISY, "images")
     assert row.smallest == pytest.approx(1.96 * 0.05 * math.sqrt(2), rel=1e-3)
+
+
+def test_resamples_that_records_carry_serve_where_there_are_no_tables() -> None:
+    common = np.random.default_rng(0).normal(0, 0.05, 300)
+    own = np.random.default_rng(1).normal(0, 0.005, 300)
+    base, head = (
+        with_error(timed_record(ap=ap), 0.05, ap + noise) for ap, noise in ((0.30, common), (0.27, common + own))
+    )
+    row = only(compare([base], [head], AP_ONLY))
+    assert (row.outcome, row.reason) == (Outcome.WORSE, "images, paired")
+    assert row.low == pytest.approx(-0.03 - 1.96 * 0.005, abs=1e-3)
+    # Drawn otherwise, the standard errors are all there is.
+    head["resamples"]["segm/AP"]["seed"] = 1
+    assert only(compare([base], [head], AP_ONLY)).reason == "images"
+    head["resamples"]["segm/AP"]["images"] = "others"
+    assert only(compare([base], [head], AP_ONLY)).outcome is Outcome.NOT_COMPARABLE
+    assert only(compare([base], [head], AP_ONLY)).reason == "scored on 200 images each, which are not the same ones"
 
 
 def test_several_seeds_are_paired() -> None:

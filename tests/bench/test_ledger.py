@@ -133,10 +133,11 @@ class TestPublishedWeights:
 
         cell = cells_of(suite, R50)[0]
         record = record_of(suite, cell, 0.373).model_dump(mode="json")
-        record["metrics"]["segm/AP"]["interval"] = [0.370, 0.376]
+        record["metrics"]["segm/AP"] |= {"standard_error": 0.001, "error_of": "images"}
         made = attempt(suite, [cell], [FoundRecord(record, Path("results/coco_val/box/1.json"))], CLAIMS[R50])
         assert made.measured is not None
-        assert made.measured.interval == pytest.approx((37.0, 37.6))
+        assert made.measured.interval == pytest.approx((37.3 - 0.196, 37.3 + 0.196), abs=1e-4)
+        assert made.measured.basis == "images of one run"
         assert judgement_of(CLAIMS[R50], made).verdict is Verdict.REPRODUCED
 
 
@@ -150,6 +151,16 @@ class TestTraining:
 
     def test_one_training_is_inconclusive(self, tmp_path: Path, trained: Suite) -> None:
         assert judged(tmp_path, trained, [0.466], self.claim)[0] is Verdict.INCONCLUSIVE
+
+    def test_errors_over_images_say_nothing_about_another_training(self, trained: Suite) -> None:
+        from bench.ledger import FoundRecord
+
+        cell = cells_of(trained, self.claim)[0]
+        record = record_of(trained, cell, 0.466).model_dump(mode="json")
+        record["metrics"]["segm/AP"] |= {"standard_error": 0.001, "error_of": "images"}
+        made = attempt(trained, [cell], [FoundRecord(record, Path("1.json"))], CLAIMS[self.claim])
+        assert made.measured is not None
+        assert made.measured.interval is None
 
     @pytest.mark.parametrize(
         ("changes", "why"),

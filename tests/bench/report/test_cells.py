@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
+
 import pytest
-from report_records import make_record
+from report_records import make_record, with_error
 
 from bench.report.cells import (
     axis_value,
@@ -100,3 +102,42 @@ def test_of_two_versions_of_a_cell_the_later_counts() -> None:
     old["run_id"], new["started_at"] = "old", "2026-02-01T00:00:00Z"
     other = make_record(2)
     assert latest([new, old, other]) == ([new, other], 1)
+
+
+class TestIntervals:
+    def test_one_run_is_over_images(self) -> None:
+        value = value_of([with_error(make_record(), 0.01)], "segm/AP")
+        assert value.over == ("images",)
+        assert value.half == pytest.approx(1.96 * 0.01, rel=1e-4)
+        assert value_of([make_record()], "segm/AP").half is None
+
+    def test_evaluation_seeds_add_to_the_images_and_do_not_divide_them(self) -> None:
+        records = [with_error(make_record(ap=ap), 0.01) for ap in (0.24, 0.25, 0.26)]
+        for seed, record in enumerate(records):
+            record["config"]["sampler"]["eval_seed"] = seed
+        value = value_of(records, "segm/AP")
+        assert value.over == ("images", "3 evaluation seeds")
+        # Variances 1e-4 and 1e-4 / 3; degrees of freedom (4/3)^2 / ((1/3)^2 / 2) = 32, rounded down: t = 2.04.
+        assert value.half == pytest.approx(2.04 * math.sqrt(4e-4 / 3), rel=2e-3)
+
+    def test_two_trainings_pay_with_student(self) -> None:
+        records = [with_error(make_record(seed=seed, ap=ap), 1e-6) for seed, ap in enumerate((0.24, 0.26))]
+        value = value_of(records, "segm/AP")
+        assert value.over == ("images", "2 trainings")
+        assert value.half == pytest.approx(12.706 * 0.01, rel=1e-3)
+
+    def test_a_run_without_an_error_leaves_the_deviation_alone(self) -> None:
+        records = [with_error(make_record(seed=0, ap=0.24), 0.01), make_record(seed=1, ap=0.26)]
+        value = value_of(records, "segm/AP")
+        assert (value.half, value.over) == (None, ())
+        assert value.spread == pytest.approx(0.02 / math.sqrt(2))
+
+    def test_ap_of_different_images_is_not_averaged(self) -> None:
+        records = [make_record(seed=0), make_record(seed=1)]
+        records[1]["metrics"]["num_images"]["value"] = 50
+        value = value_of(records, "segm/AP")
+        assert (value.state, value.mean) == ("incomparable", None)
+        assert value.reason == "scored on 50 and 200 images: AP depends on how many there are"
+        assert value_of(records, "latency_s/total").state == "ok"
+        digests = [with_error(make_record(seed=seed), 0.1, [0.1], images=str(seed)) for seed in (0, 1)]
+        assert value_of(digests, "segm/AP").state == "incomparable"

@@ -6,10 +6,11 @@ import io
 import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_records import make_grid, make_record
+from report_records import make_grid, make_record, with_error
 from rich.console import Console
 
 from bench.report.tables import grid_table, long_table, to_csv, to_latex, to_markdown, to_terminal
@@ -224,3 +225,85 @@ def test_no_text_breaks_a_row(text: str) -> None:
     assert all(len(re.findall(r"(?<!\\)&", row)) == 1 and row.endswith(r"\\") for row in body)
     rows = list(csv.reader(io.StringIO(to_csv(table), newline="")))
     assert {len(row) for row in rows} == {len(table.columns)}
+
+
+class TestIntervals:
+    def records(self, *, aps: tuple[float, ...] = (0.30, 0.35), images: str = "a") -> list[dict]:
+        generator = np.random.default_rng(0)
+        common = generator.normal(0, 0.05, 200)
+        return [
+            with_error(make_record(steps, ap=ap), 0.01, ap + common + generator.normal(0, 0.002, 200), images=images)
+            for steps, ap in enumerate(aps, 1)
+        ]
+
+    def test_all_formats_carry_them(self) -> None:
+        table = long_table(self.records(), metrics=["segm/AP", "flops"])
+        markdown = to_markdown(table)
+        assert re.search(r"\|\s+30.0 ± 2.0 \|", markdown)
+        assert "**35.0 ± 2.0**" in markdown
+        assert "- ± of AP and AR: half the 95 % interval, over images.\n" in markdown
+        assert "Bold: better than the next best beyond chance (95 %, paired on the same images, Holm's" in markdown
+        assert "1 comparison)" in markdown
+        latex = to_latex(table)
+        assert r"30.0 $\pm$ 2.0 & 2.50" in latex
+        assert r"\textbf{35.0 $\pm$ 2.0}" in latex
+        assert list(csv.reader(io.StringIO(to_csv(table)))) == [
+            ["sampling_steps", "segm/AP [x100]", "segm/AP ± [x100]", "segm/AP ± over", "flops"],
+            ["1", "30", "1.95996", "images", "2.5"],
+            ["2", "35", "1.95996", "images", "2.5"],
+        ]
+
+    def test_a_grid_has_them_and_its_best_too(self) -> None:
+        table = grid_table(self.records(), rows="num_proposals", columns="sampling_steps", metric="segm/AP")
+        assert [entry.text for entry in table.rows[0]] == ["20", "30.0 ± 2.0", "35.0 ± 2.0"]
+        assert [entry.is_best for entry in table.rows[0]] == [False, False, True]
+        assert to_csv(table).splitlines()[0] == ",".join(
+            ["num_proposals", *(f"sampling_steps={n}{end}" for n in (1, 2) for end in ("", " ±", " ± over"))]
+        )
+
+    def test_what_differs_between_cells_stands_in_the_entry(self) -> None:
+        records = self.records()
+        again = with_error(make_record(2, seed=1, ap=0.36), 0.01)
+        table = long_table([*records, again], metrics=["segm/AP", "latency_s/total"])
+        texts = [row[1].text for row in table.rows]
+        assert texts[0] == "30.0 ± 2.0 (images)"
+        assert texts[1].startswith("35.5 ± ")
+        assert texts[1].endswith(" (images and 2 trainings)")
+        assert "± of AP and AR: half the 95 % interval, over what stands in brackets." in table.notes
+        assert "Other values: mean ± standard deviation over 2 seeds." in table.notes
+
+    def test_no_difference_is_said_too(self) -> None:
+        notes = long_table(self.records(aps=(0.30, 0.3001)), metrics=["segm/AP"]).notes
+        assert any(note.startswith("No value is better than the next best beyond chance") for note in notes)
+
+    def test_records_of_different_images_are_told_apart(self) -> None:
+        records = self.records()
+        records[1]["metrics"]["num_images"]["value"] = 50
+        notes = long_table(records, metrics=["segm/AP"]).notes
+        assert "Sets of 50 and 200 images: AP of one is not comparable to another's." in notes
+        assert not any("beyond chance" in note for note in notes)
+
+    def test_seeds_on_different_images_are_refused(self) -> None:
+        records = [make_record(seed=0), make_record(seed=1)]
+        records[1]["metrics"]["num_images"]["value"] = 50
+        for text in (to_markdown(long_table(records, metrics=["segm/AP"])), to_latex(_grid(records))):
+            assert "not comparable, and not averaged: scored on 50 and 200 images" in text
+
+    @pytest.mark.parametrize(("rare", "is_warned"), [(None, False), (12, True), (500, False)])
+    def test_few_rare_instances_are_a_caution(self, rare: int | None, is_warned: bool) -> None:
+        record = make_record()
+        record["config"]["data"]["dataset"] = "lvis"
+        if rare is not None:
+            record["metrics"]["num_instances/rare"] = {"value": rare, "unit": "instances", "higher_is_better": None}
+        text = to_markdown(long_table([record], metrics=["segm/AP"]))
+        assert ("Caution, LVIS" in text) == is_warned
+        assert ("on 12 instances of rare classes" in text) == (rare == 12)
+        record["metrics"]["segm/APr"] = record["metrics"]["segm/AP"]
+        assert "Caution, LVIS" in to_markdown(long_table([record], metrics=["segm/APr"]))
+
+    def test_a_narrow_terminal_leaves_them_out_and_says_so(self) -> None:
+        console = Console(width=24, record=True, file=io.StringIO())
+        console.print(to_terminal(long_table(self.records(), metrics=["segm/AP", "latency_s/total"])))
+        text = console.export_text()
+        assert "35.0" in text
+        assert "35.0 ±" not in text

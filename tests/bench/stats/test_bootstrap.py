@@ -19,6 +19,7 @@ from bench.stats.bootstrap import (
     bootstrap_difference,
     draw_weights,
     holm,
+    in_chunks,
     summarise,
 )
 
@@ -232,6 +233,13 @@ def test_too_few_images_have_a_value_and_no_error() -> None:
 def test_intervals_repeat() -> None:
     table = population(np.random.default_rng(2), 40)
     assert bootstrap(table, num_resamples=50) == bootstrap(table, num_resamples=50)
+
+
+def test_many_resamples_some_at_a_time_are_those_at_once() -> None:
+    resampler, weights = Resampler(population(np.random.default_rng(2), 40)), draw_weights(40, 600, 0)
+    parts = in_chunks(lambda part: summarise(resampler.average_precision(part))["AP"], weights)
+    assert len(parts) == 3
+    assert np.array_equal(np.concatenate(parts), summarise(resampler.average_precision(weights))["AP"])
 
 
 def test_holm_by_hand() -> None:

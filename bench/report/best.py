@@ -1,0 +1,73 @@
+"""Which value of a table is the best beyond chance: those, and only those, are printed bold.
+
+In each comparison group the best value is tested against the next best: a paired difference on the same images, from
+the resamples that the records carry, with what seeds add where there are several. All tests of a table are decided
+together by Holm's procedure, so the chance of any bold value that is owed to chance stays below 5 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.report.cells import Record, is_score, runs_of, value_of
+from bench.stats.bootstrap import holm
+from bench.stats.latency import p_of
+from bench.stats.paired import image_sets, paired_difference, seed_parts
+from bench.stats.student import combine
+
+# AP under other rules is another number, also on the same images.
+_RULES = ("dataset", "annotation_format", "class_agnostic", "skip_invalid")
+Cells = Mapping[tuple[Any, ...], Sequence[Record]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """cells: (metric, key of the cell) of values that are best beyond chance. num_tests: that were decided together."""
+
+    cells: frozenset[tuple[str, tuple[Any, ...]]] = frozenset()
+    num_tests: int = 0
+
+
+def find_best(cells: Cells, metrics: Sequence[str]) -> Best:
+    """The best cells of each metric, images and rules of scoring; records that were not drawn together give none."""
+    tests: list[tuple[tuple[str, tuple[Any, ...]], float]] = []
+    for metric in metrics:
+        for group in _groups(cells, metric):
+            ranked = sorted(group, key=lambda key: value_of(cells[key], metric).mean or 0.0, reverse=True)
+            if len(ranked) > 1:
+                p_value = _p_value(cells[ranked[1]], cells[ranked[0]], metric)
+                if p_value is not None:
+                    tests.append(((metric, ranked[0]), p_value))
+    rejected = holm([p_value for _, p_value in tests])
+    return Best(frozenset(cell for (cell, _), is_best in zip(tests, rejected) if is_best), len(tests))
+
+
+def _groups(cells: Cells, metric: str) -> list[list[tuple[Any, ...]]]:
+    """Keys of cells whose values can be compared."""
+    if not is_score(metric):
+        return []
+    groups: dict[Any, list[tuple[Any, ...]]] = {}
+    for key, records in cells.items():
+        if value_of(records, metric).state == "ok":
+            data = records[0].get("config", {}).get("data", {})
+            rules = tuple(str(data.get(name)) for name in _RULES)
+            groups.setdefault((*rules, *image_sets(records)), []).append(key)
+    return list(groups.values())
+
+
+def _p_value(base: Sequence[Record], head: Sequence[Record], metric: str) -> float | None:
+    """Chance of so large a difference between equals; None where the records do not tell."""
+    runs = [runs_of(records, metric) for records in (base, head)]
+    if runs[0].keys() != runs[1].keys() or any(len(side) == 0 for side in runs):
+        return None
+    sides = [[side[key][0] for key in runs[0]] for side in runs]
+    found = paired_difference(sides[0], sides[1], metric)
+    # Without any spread the images tell nothing.
+    if found is None or not found.standard_error:
+        return None
+    differences = {key: runs[1][key][1] - runs[0][key][1] for key in runs[0]}
+    seeds = [(variance, degrees) for variance, degrees, _ in seed_parts(differences)]
+    error, degrees = combine([(found.standard_error**2, float("inf")), *seeds])
+    return p_of(found.value, error, degrees)
