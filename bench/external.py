@@ -27,7 +27,7 @@ from bench.measure.latency import SCOPES, TOTAL, WARMUP_IMAGES, summarise_latenc
 from bench.record import Metric, dump_json, metric
 from bench.server import die_with
 from bench.store import write_atomic
-from diffinst.data.coco import decode_rle_counts
+from diffinst.data.annotations import decode_rle_counts
 from diffinst.evaluation.predictions import PredictionWriter, Record
 
 PROTOCOL = 1

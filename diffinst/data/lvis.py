@@ -3,16 +3,17 @@
 An image is annotated for some of the classes: those of its annotations, which `not_exhaustive_category_ids` names where
 some instances may be missing, and those of `neg_category_ids`, which it does not show. Of all others nothing is known.
 Categories carry `image_count`, on how many training images they are, and `frequency`: r rare, c common, f frequent.
+Loads no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from diffinst.data.coco import CocoAnnotations, CocoDataset, ImageInfo, parse_annotations, read_json
+from diffinst.data.annotations import CocoAnnotations, parse_annotations, read_json
 from diffinst.errors import DataError
 
 Frequency = Literal["r", "c", "f"]
@@ -139,30 +140,3 @@ def _image_counts(categories: Mapping[int, Mapping[str, Any]], source: str) -> d
 def read_lvis(path: str | Path, *, skip_invalid: bool = False) -> LvisAnnotations:
     """Read and check an LVIS json file; see `parse_lvis`."""
     return parse_lvis(read_json(Path(path)), str(path), skip_invalid=skip_invalid)
-
-
-class LvisDataset(CocoDataset):
-    """The images of a split of LVIS; see `CocoDataset`.
-
-    images_dir: holds COCO's folders train2017 and val2017, as far as the file needs them, or all files directly.
-    """
-
-    def _read(self) -> LvisAnnotations:
-        read = read_lvis(self.annotations_path, skip_invalid=self._data.skip_invalid)
-        self._image_counts = read.image_counts
-        has_folder: dict[str, bool] = {}
-
-        def located(info: ImageInfo) -> ImageInfo:
-            folder, _, name = info.file_name.rpartition("/")
-            if folder not in has_folder:
-                has_folder[folder] = (self.images_dir / folder).is_dir()
-            return info if has_folder[folder] else replace(info, file_name=name)
-
-        return replace(read, images={number: located(info) for number, info in read.images.items()})
-
-    @property
-    def class_image_counts(self) -> list[int]:
-        """What the file says of the training images of each class; counted in the split where it says nothing."""
-        if self._image_counts is None:
-            return super().class_image_counts
-        return [self._image_counts[number] for number in self.category_ids]

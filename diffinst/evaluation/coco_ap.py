@@ -16,7 +16,7 @@ from typing import Any, Literal
 import hotcoco
 import numpy as np
 
-from diffinst.data.coco import (
+from diffinst.data.annotations import (
     CLASS_AGNOSTIC_NAME,
     CocoAnnotations,
     parse_annotations,

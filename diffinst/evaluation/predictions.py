@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from diffinst.errors import DataError
 from diffinst.ops.rle import encode_masks
-from diffinst.structures import Detections
+
+if TYPE_CHECKING:
+    from diffinst.structures import Detections
 
 Record = dict[str, Any]
 

@@ -1,13 +1,15 @@
-"""Binary masks <-> COCO run-length encoding, byte for byte what pycocotools writes."""
+"""Binary masks <-> COCO run-length encoding, byte for byte what pycocotools writes. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import hotcoco.mask
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RLE(TypedDict):
@@ -42,4 +44,4 @@ def decode_rle(encoding: Mapping[str, Any]) -> np.ndarray:
 
 
 def _to_numpy(masks: Tensor | np.ndarray) -> np.ndarray:
-    return masks.detach().cpu().numpy() if isinstance(masks, Tensor) else masks
+    return masks if isinstance(masks, np.ndarray) else masks.detach().cpu().numpy()

@@ -13,8 +13,10 @@ from coco_files import block, tiny_content, write_set
 from lvis_files import tiny_lvis, write_lvis
 
 from diffinst.config import DataConfig
-from diffinst.data.coco import CocoDataset, open_dataset, parse_annotations
-from diffinst.data.lvis import LvisDataset, file_name_of, parse_lvis, read_lvis
+from diffinst.data.annotations import parse_annotations
+from diffinst.data.coco import CocoDataset, open_dataset
+from diffinst.data.lvis import file_name_of, parse_lvis, read_lvis
+from diffinst.data.lvis_dataset import LvisDataset
 from diffinst.errors import DataError
 
 DATA = DataConfig(dataset="custom", annotation_format="lvis", crop_probability=0, shortest_edge_test=20)
