@@ -27,6 +27,7 @@ from bench.report.build import (
     write_plots,
     write_tables,
 )
+from bench.report_cli import report_command
 from bench.upstream_cli import export_config_command, import_config_command
 from diffinst.errors import DiffInstError
 
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command("compare")(compare_command)
 app.command("calibrate")(calibrate_command)
+app.command("report")(report_command)
 app.command("import-config")(import_config_command)
 app.command("export-config")(export_config_command)
 
