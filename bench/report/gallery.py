@@ -25,6 +25,7 @@ _MAX_ENLARGED = 4.0
 _QUALITY = 78
 _RIGHT_COLOUR, _WRONG_COLOUR, _CROWD_COLOUR = (40, 150, 255), (255, 120, 0), (150, 150, 150)
 _FILL, _LINE_WIDTH, _DASH = 0.30, 2, 5
+_COLOUR_KEPT, _SHADE = 0.35, 0.35
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,11 @@ def show(image_id: int, heading: str, cells: Sequence[tuple[str, CellEvidence, C
             items = truth.annotations.get(image_id, [])
             found, total = int(errors.found.sum()), int((~scene.is_crowd).sum())
             states = [None if crowd else bool(hit) for crowd, hit in zip(scene.is_crowd, errors.found)]
-            text = f"{total} instances, of which {found} were found by {title}" if total else "no instances"
+            text = f"{_count(total, 'instance')}, {found} of them found by {title}" if total else "no instances"
             panels.append(_panel("Ground truth", text, picture, items, states, cell.iou_type))
         right = int((errors.kind == RIGHT).sum())
-        text = f"{len(results)} detections: {right} right, {len(results) - right} not; F1 {scores.f1[position]:.2f}"
+        text = f"{right} of {_count(len(results), 'detection')} right" if results else "no detections"
+        text += f"; F1 {scores.f1[position]:.2f}"
         states = [bool(kind == RIGHT) for kind in errors.kind]
         panels.append(_panel(title, text, picture, results, states, cell.iou_type))
     return Shown(image_id, heading, tuple(panels))
@@ -145,6 +147,10 @@ def _shown(cell: CellEvidence, image_id: int, threshold: float) -> tuple[Scene, 
         ),
         results,
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _panel(
@@ -176,7 +182,10 @@ def draw_regions(
     scale = min(LONG_SIDE / max(height, width), _MAX_ENLARGED)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     filter_ = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    canvas = np.asarray(Image.fromarray(picture).resize(size, filter_), dtype=np.float32).copy()
+    small = Image.fromarray(picture).resize(size, filter_)
+    # Paler than it is, so that what is drawn over it stands out whatever its colours are.
+    grey = np.asarray(small.convert("L"), dtype=np.float32)[..., None]
+    canvas = _COLOUR_KEPT * np.asarray(small, dtype=np.float32) + (1 - _COLOUR_KEPT) * grey
     rows, columns = np.indices(canvas.shape[:2])
     dashes = ((rows + columns) // _DASH) % 2 == 0
     for item, state in reversed(list(zip(items, states))):  # the best on top
@@ -185,9 +194,11 @@ def draw_regions(
         )
         mask = _region(item, (height, width), size, iou_type)
         edge = mask & ~_shrunk(mask, _LINE_WIDTH)
+        halo = ~mask & ~_shrunk(~mask, 1, outside=True)
         if iou_type == "segm":
             inside = mask & ~edge
             canvas[inside] = (1 - _FILL) * canvas[inside] + _FILL * colour
+        canvas[halo | edge] *= _SHADE
         canvas[edge if state else edge & dashes] = colour
     return Image.fromarray(canvas.round().astype(np.uint8))
 
@@ -206,9 +217,9 @@ def _region(item: dict[str, Any], full: tuple[int, int], size: tuple[int, int], 
     return np.asarray(grown) > 127
 
 
-def _shrunk(mask: np.ndarray, by: int) -> np.ndarray:
-    """Without the pixels at the border; the border of the picture counts as outside."""
+def _shrunk(mask: np.ndarray, by: int, *, outside: bool = False) -> np.ndarray:
+    """Without the pixels at its border; outside: what lies beyond the picture's border counts as."""
     for _ in range(by):
-        wide = np.pad(mask, 1)
+        wide = np.pad(mask, 1, constant_values=outside)
         mask = mask & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
     return mask
