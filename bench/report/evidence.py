@@ -312,7 +312,7 @@ def match_class(overlaps: np.ndarray, is_crowd: np.ndarray, thresholds: np.ndarr
 
 
 def _counting(results: list[dict[str, Any]], truth: Truth) -> list[dict[str, Any]]:
-    """Without what LVIS leaves out: classes of which nothing is known in an image, and what exceeds 300 an image."""
+    """Without what LVIS leaves out: more than 300 an image, empty masks, classes of which an image says nothing."""
     if truth.known_categories is None:
         return results
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -321,8 +321,16 @@ def _counting(results: list[dict[str, Any]], truth: Truth) -> list[dict[str, Any
     kept = []
     for image_id, entries in by_image.items():
         best = sorted(entries, key=lambda entry: -entry["score"])[:_LVIS_DETECTIONS]
-        kept += [entry for entry in best if entry["category_id"] in truth.known_categories[image_id]]
+        kept += [
+            entry for entry in best if entry["category_id"] in truth.known_categories[image_id] and not _is_empty(entry)
+        ]
     return kept
+
+
+def _is_empty(result: dict[str, Any]) -> bool:
+    if "segmentation" in result:
+        return int(coco_mask.area(result["segmentation"])) == 0
+    return bool(result["bbox"][2] * result["bbox"][3] <= 0)
 
 
 def _losses(node: str, lines: list[dict[str, Any]]) -> Losses:
