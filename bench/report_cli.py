@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench.errors import BenchError, StoreError, SuiteError
+from bench.errors import BenchError, RecordError, StoreError, SuiteError
 from bench.report.build import FOLDER, REPORTS, read_records, select
 from bench.report.state import CellState, cell_states
 from bench.store import Store, write_atomic
@@ -65,14 +65,29 @@ def report_command(
         found = {machine: found[machine]}
     if out is not None and out.suffix not in (".html", ".htm"):
         raise BenchError(f"--out {out}: is not allowed. Allowed: a file name that ends in .html")
-    if out is not None and len(found) > 1:
-        raise BenchError(f"--out: one file, but there are records of {', '.join(found)}. Choose one with --machine")
     store = Store(folder)
     configs = _configs(plan)
     tables, note = _claims(loaded, claims, folder)
-    for name_of_machine, every in found.items():
-        selection = select(every, None if plan is None else plan.cells)
-        states = cell_states(selection.records, every, None if plan is None else plan.cells)
+    cells = None if plan is None else plan.cells
+    selections = {machine: select(every, cells) for machine, every in found.items()}
+    every_state = {
+        machine: cell_states(selection.records, found[machine], cells) for machine, selection in selections.items()
+    }
+    # A page of missing cells alone must not take the place of an earlier one that shows results.
+    shown = {
+        machine: states
+        for machine, states in every_state.items()
+        if any(state.state in ("ok", "failed", "stale") for state in states)
+    }
+    if not shown:
+        raise RecordError(
+            f"{suite}: none of the records in {folder / name} belongs to this suite as it stands now, with these "
+            "settings. Run run-suite again, or give that folder for all of them"
+        )
+    if out is not None and len(shown) > 1:
+        raise BenchError(f"--out: one file, but there are records of {', '.join(shown)}. Choose one with --machine")
+    for name_of_machine, states in shown.items():
+        selection = selections[name_of_machine]
         page = build_page(
             ReportInput(
                 suite=name,

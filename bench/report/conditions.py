@@ -15,9 +15,14 @@ _MAX_OPTIONS = 3  # of a peer, that are written out; its record has all
 
 def conditions(records: Sequence[Record]) -> tuple[str, ...]:
     """Suite, data, model, fixed settings, machine, software; what differs between the records is listed, not hidden."""
+    scored: list[tuple[Mapping[str, Any], float]] = []
+    for record in records:
+        count = _images(record)
+        if count and (pair := (_section(record, "data"), count)) not in scored:
+            scored.append(pair)
     phrases = [
         _each(records, "suite", lambda record: record.get("suite")),
-        _each(records, "", lambda record: _data(record, records)),
+        _each(records, "", lambda record: _data(record, scored)),
         _each(records, "", _model),
         _each(records, "", _training),
         *_fixed_axes(records),
@@ -45,13 +50,16 @@ def _varies(record: Record, name: str) -> bool:
     return any(axis.rpartition(".")[2] == name for axis in record.get("axes", {}))
 
 
-def _data(record: Record, records: Sequence[Record]) -> str | None:
-    """The data set and how many images were scored; a record that failed before it knew takes the others' word."""
+def _data(record: Record, scored: Sequence[tuple[Mapping[str, Any], float]]) -> str | None:
+    """The data set and how many images were scored; a record that failed before it knew takes the others' word.
+
+    scored: each data section with its number of images.
+    """
     section = _section(record, "data")
     if "dataset" not in section or _varies(record, "dataset"):
         return None
     text = f"data {section['dataset']}"
-    counts = {count for other in records if _section(other, "data") == section and (count := _images(other))}
+    counts = {count for other, count in scored if other == section}
     if len(counts) == 1:
         text += f", {counts.pop():.0f} validation images"
         if section["dataset"] == "shapes" and "shapes_image_size" in section:

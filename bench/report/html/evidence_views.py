@@ -11,7 +11,7 @@ from bench.report.cells import REPEAT_AXES, Record, axis_value, value_of
 from bench.report.evidence import CellEvidence, EvidenceReader, Losses, NotThere, match_class
 from bench.report.gallery import CellScores, Shown, choose, score_images, show
 from bench.report.html.charts import thinned
-from bench.report.html.views import ChartView, cell_name, curve_chart
+from bench.report.html.views import ChartView, cell_names, curve_chart
 from bench.report.metrics import axis_label, axis_text
 from bench.stats.breakdown import ERROR_KINDS, ERROR_TEXT, Breakdown, error_breakdown, precision_at_recalls
 
@@ -93,6 +93,7 @@ def view_evidence(
 def _read(records: Sequence[Record], reader: EvidenceReader, metric: str | None) -> tuple[list[_Cell], tuple[str, ...]]:
     """The best cells with predictions and others evenly over the rest, best first, and what is left out and why."""
     ranked = []
+    name_of = cell_names(records)
     for record in records:
         value = value_of([record], metric).mean if metric is not None else None
         if value is not None:
@@ -104,7 +105,7 @@ def _read(records: Sequence[Record], reader: EvidenceReader, metric: str | None)
     cells: list[_Cell] = []
     reasons: dict[str, list[str]] = {}
     for value, record in chosen:
-        name = cell_name(record, records)
+        name = name_of(record)
         try:
             cells.append(_Cell(name, value, reader.cell(record)))
         except NotThere as reason:

@@ -152,7 +152,7 @@ def _bars(records: Sequence[Record], metric: str | None) -> views.BarsView | Non
     if not ranked:
         return None
     best = max(ranked, key=lambda record: record["metrics"][metric]["value"])
-    return views.class_bars(best, views.cell_name(best, records), metric)
+    return views.class_bars(best, views.cell_names(records)(best), metric)
 
 
 def _intervals(records: Sequence[Record], metric: str | None) -> str:

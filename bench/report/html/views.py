@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +114,16 @@ def main_metric(records: Sequence[Record]) -> str | None:
     return None
 
 
-def cell_name(record: Record, records: Sequence[Record]) -> str:
-    """What tells a record from the others: 'proposals 50, sampling steps 4'."""
+def cell_names(records: Sequence[Record]) -> Callable[[Record], str]:
+    """What tells each record from the others: 'proposals 50, sampling steps 4'."""
     names = varying_axes(records)
     names += [name for name in REPEAT_AXES if len({axis_value(other, name) for other in records}) > 1]
-    parts = [f"{axis_label(name)} {axis_text(axis_value(record, name))}" for name in names]
-    return ", ".join(parts) or str(record.get("label") or record.get("run_id") or "the only cell")
+
+    def name_of(record: Record) -> str:
+        parts = [f"{axis_label(name)} {axis_text(axis_value(record, name))}" for name in names]
+        return ", ".join(parts) or str(record.get("label") or record.get("run_id") or "the only cell")
+
+    return name_of
 
 
 def interval_text(record: Record, metric: str) -> str:
@@ -135,14 +139,14 @@ def interval_text(record: Record, metric: str) -> str:
 
 def state_rows(states: Sequence[CellState], metric: str | None) -> list[StateRow]:
     """One row for each cell, in the order of the table."""
-    records = [state.record for state in states]
+    name_of = cell_names([state.record for state in states])
     rows = []
     for state in states:
         shown = state.older or state.record
         value = interval_text(shown, metric) if metric else ""
         rows.append(
             StateRow(
-                name=cell_name(state.record, records),
+                name=name_of(state.record),
                 state=state.state,
                 mark=STATE_MARK[state.state],
                 reason=state.reason,
@@ -332,10 +336,11 @@ def class_bars(record: Record, name: str, metric: str) -> BarsView | None:
 def latency_rows(records: Sequence[Record]) -> tuple[list[SpanRow], list[str]]:
     """The distribution of the raw latencies of each cell, on one scale."""
     found = []
+    name_of = cell_names(records)
     for record in records:
         samples = record.get("samples", {}).get("latency_s", {}).get("total")
         if record.get("status") == "ok" and samples:
-            found.append((cell_name(record, records), np.percentile(samples, [5, 25, 50, 75, 95]) * 1e3, samples))
+            found.append((name_of(record), np.percentile(samples, [5, 25, 50, 75, 95]) * 1e3, samples))
     notes = []
     if len(found) > _MAX_LATENCIES:
         ranked = sorted(found, key=lambda entry: entry[1][2])
@@ -377,13 +382,14 @@ def environments(records: Sequence[Record]) -> tuple[list[EnvironmentView], list
         if environment:
             groups.setdefault(json.dumps(environment, sort_keys=True), []).append(record)
     views = []
+    name_of = cell_names(records)
     for members in list(groups.values())[:_MAX_ENVIRONMENTS]:
         environment = dict(members[0]["environment"])
         packages = environment.pop("packages", None) or {}
         flat = list(_flat(environment))
         title = f"{len(members)} run{'' if len(members) == 1 else 's'}"
         if len(members) < len(records) and len(members) <= 3:
-            title += f": {'; '.join(cell_name(member, records) for member in members)}"
+            title += f": {'; '.join(map(name_of, members))}"
         views.append(
             EnvironmentView(
                 title,
