@@ -80,7 +80,7 @@ def test_the_page_lies_beside_the_records_and_shows_every_cell(suite: Path, caps
     assert main(["report", str(suite)]) == 0
     out = capsys.readouterr().out
     assert "wrote results/small/box/report/index.html: 2 ok, 1 failed, 1 missing, 0.1 MB" in out
-    assert "note: it holds 10 pictures of the data set; leave them out with --no-gallery" in out
+    assert "note: it holds 7 pictures of the data set; leave them out with --no-gallery" in out
     page = check_harmless(Path("results/small/box/report/index.html").read_text())
     for text in ("✓ 2 ok", "✗ 1 failed", "? 1 missing", "predict: out of memory", "MemoryError: <script>"):
         assert text in page.texts
@@ -120,8 +120,15 @@ def test_settings_that_differ_make_cells_stale_and_only_restricts_them(
     suite: Path, capsys: pytest.CaptureFixture
 ) -> None:
     settings = ["--set", "sampling_steps=[2, 16]", "--set", "eta=0.5", "--out", "a.html"]
-    assert main(["report", str(suite), *settings]) == 2  # no record belongs to these settings: as for tables
-    assert "none of the records" in capsys.readouterr().err
+    assert main(["report", str(suite), *settings]) == 0
+    assert "wrote a.html: 1 stale, 1 missing" in capsys.readouterr().out
+    page = read_page(Path("a.html").read_text())
+    assert "the record of 2026-01-02 is of other settings: sampler.eta 1 instead of 0.5" in page.texts
+    assert "50.0 (older record)" in page.texts
+    # No cell of this call has ever been run: as for tables, an earlier page stays.
+    assert main(["report", str(suite), "--set", "sampling_steps=[16]", "--out", "a.html"]) == 2
+    assert "none of the records in results/small belongs to this suite" in capsys.readouterr().err
+    assert "50.0 (older record)" in Path("a.html").read_text()
     assert main(["report", str(suite), "--only", "sampling_steps=1", "--out", "a.html"]) == 0
     assert "1 ok, " in capsys.readouterr().out
 

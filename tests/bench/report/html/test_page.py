@@ -138,7 +138,9 @@ def test_pictures_have_words_beside_them_and_can_be_left_out(tmp_path: Path) -> 
     content = _stored(tmp_path)
     made = build_page(content)
     images = read_page(made.text).all("img")
-    assert made.num_pictures == len(images) == 2 + 2 + 2 * 3
+    assert (
+        made.num_pictures == len(images) == 2 + 2 + 3
+    )  # a best and a worst one, and two cells of one that they disagree about
     assert not made.is_generated
     assert all(re.match(r"Image \d+, .*(found by|F1|no instances)", str(image["alt"])) for image in images)
     without = build_page(replace(content, pictures=0))
@@ -254,7 +256,7 @@ def test_a_hostile_class_name_in_a_data_set_stays_text(tmp_path: Path) -> None:
 _PIECES = st.sampled_from([*"<>\"'&/!-[]{}% \u2028", "script", "x="])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(_PIECES | st.characters(), min_size=1, max_size=12).map("".join))
 def test_no_text_makes_an_element(text: str) -> None:
     check_harmless(build_page(_hostile_input(f"x{text}")).text)
