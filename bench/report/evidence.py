@@ -217,15 +217,15 @@ class EvidenceReader:
         node = record.get("nodes", {}).get("predict")
         if node is None:
             raise NotThere("the record names no predictions: the suite did not ask for scores")
-        truth = self._truth(record)
         try:
             if self._store.result(node) is None:
-                raise NotThere(f"its predictions ({node}) are not in the store")
+                raise NotThere("its predictions are not in the store")
+            truth = self._truth(record)
             records = list(iter_predictions(self._store.folder(node) / PREDICTIONS_FOLDER))
         except (StoreError, DataError) as error:
             raise NotThere(self._scrubbed(error)) from error
         if sorted(record["image_id"] for record in records) != list(truth.image_ids):
-            raise NotThere(f"its predictions ({node}) are of other images than the data set that is found here")
+            raise NotThere("its predictions are of other images than the data set that is found here")
         has_masks = truth.has_masks and all(record["segmentation"] is not None for record in records)
         results = to_coco_results(records)
         if truth.class_agnostic:
@@ -271,7 +271,7 @@ class EvidenceReader:
         if data.dataset == "shapes":
             # Looking must not generate: the set is in the folder of its node, or it is not there.
             if self._store.result(dataset) is None:
-                raise NotThere(f"its data set ({dataset}) is not in the store")
+                raise NotThere("its data set is not in the store")
             root = self._store.folder(dataset)
         paths = catalog.resolve(data, "val", root)
         form = catalog.annotation_format(data)

@@ -124,11 +124,11 @@ def test_settings_that_differ_make_cells_stale_and_only_restricts_them(
     assert "wrote a.html: 1 stale, 1 missing" in capsys.readouterr().out
     page = read_page(Path("a.html").read_text())
     assert "the record of 2026-01-02 is of other settings: sampler.eta 1 instead of 0.5" in page.texts
-    assert "50.0 (older record)" in page.texts
+    assert "50.0 (older)" in page.texts
     # No cell of this call has ever been run: as for tables, an earlier page stays.
     assert main(["report", str(suite), "--set", "sampling_steps=[16]", "--out", "a.html"]) == 2
     assert "none of the records in results/small belongs to this suite" in capsys.readouterr().err
-    assert "50.0 (older record)" in Path("a.html").read_text()
+    assert "50.0 (older)" in Path("a.html").read_text()
     assert main(["report", str(suite), "--only", "sampling_steps=1", "--out", "a.html"]) == 0
     assert "1 ok, " in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 400.0, 250.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 12.0, 24.0, 38.0
-_BAND = 12.0  # height of a row of marks for cells without a number
+_BAND = 13.0  # height of a row of marks for cells without a number
 _COLOURS = 7
 _RAMP = 6
 _SHAPES = ("circle", "square", "triangle", "diamond")
@@ -248,7 +248,7 @@ class _Frame:
             for absence in series.absences:
                 row = level.get(absence.x, 0)
                 level[absence.x] = row + 1
-                at = self.x(absence.x), self._bottom + _BAND * (row + 0.9)
+                at = self.x(absence.x), self._bottom + _BAND * (row + 0.8)
                 parts.append(
                     Markup('<text class="absent middle" x="{}" y="{}">{}<title>{}</title></text>').format(
                         _number(at[0]), _number(at[1]), absence.symbol, absence.text

@@ -18,6 +18,7 @@ from bench.stats.breakdown import ERROR_KINDS, ERROR_TEXT, Breakdown, error_brea
 MAX_CELLS = 12  # whose predictions are read
 _MAX_CURVES = 6
 _MAX_LOSSES = 6
+_MAX_REASONS = 4
 _RECALLS = tuple(float(value) for value in np.linspace(0.0, 1.0, 101))
 
 
@@ -113,12 +114,11 @@ def _read(records: Sequence[Record], reader: EvidenceReader, metric: str | None)
     notes = []
     if len(chosen) < len(ranked):
         notes.append(f"{len(chosen)} of {len(ranked)} cells are looked at: the best, the worst, and others between.")
-    if len(reasons) > 3 and not cells:
-        notes.append(
-            f"Not for {len(chosen)} cells, whose predictions or data are not here. The first: {next(iter(reasons))}."
-        )
-    else:
-        notes += [f"Not for {'; '.join(names)}: {reason}." for reason, names in reasons.items()]
+    for why, names in list(reasons.items())[:_MAX_REASONS]:
+        some = "; ".join(names) if len(names) < 4 else f"{len(names)} cells"
+        notes.append(f"Not for {'any cell' if len(names) == len(chosen) else some}: {why.rstrip('.')}.")
+    if len(reasons) > _MAX_REASONS:
+        notes.append(f"{len(reasons) - _MAX_REASONS} more reasons are left out.")
     return cells, tuple(notes)
 
 

@@ -35,6 +35,7 @@ MAX_BARS = 30
 _MAX_LATENCIES = 40
 _MAX_ENVIRONMENTS = 4
 _LONG_TEXT = 160
+_MAX_WITH_BARS = 60  # points of a chart; more bars would hide them
 _SYMBOLS: dict[State, str] = {"failed": "✗", "skipped": "○", "missing": "?", "unmeasured": "–"}
 
 
@@ -150,7 +151,7 @@ def state_rows(states: Sequence[CellState], metric: str | None) -> list[StateRow
                 state=state.state,
                 mark=STATE_MARK[state.state],
                 reason=state.reason,
-                value=f"{value} (older record)" if value and state.older is not None else value,
+                value=f"{value} (older)" if value and state.older is not None else value,
                 run_id=str(shown.get("run_id") or ""),
                 when=str(shown.get("finished_at") or shown.get("started_at") or ""),
                 log=str(state.record.get("log") or ""),
@@ -205,20 +206,24 @@ def chart_view(records: Sequence[Record], spec: Mapping[str, Any]) -> ChartView:
     x, y = str(spec["x"]), str(spec["y"])
     arguments: dict[str, Any] = {"x": x, "y": y, "lines": spec.get("lines"), "title": spec.get("title")}
     plot = build_plot(records, **arguments)
-    ends = [build_plot(shifted, **arguments) for shifted in _shifted(records, y)]
+    crowded = sum(len(line.points) for panel in plot.panels for line in panel.lines) > _MAX_WITH_BARS
+    ends = [] if crowded else [build_plot(moved, **arguments) for moved in _shifted(records, y)]
     colours = series_colours(len(plot.panels[0].lines) if plot.panels else 0, ordered=plot.lines_ordered)
     panels: list[tuple[str, Markup]] = []
     first: tuple[Series, ...] = ()
     for number, panel in enumerate(plot.panels):
         series = tuple(
-            _series(plot, line, colours[i], i, [end.panels[number].lines[i] for end in ends])
+            _series(plot, line, colours[i], i, [end.panels[number].lines[i] for end in ends], with_bars=not crowded)
             for i, line in enumerate(panel.lines)
         )
         first = first or series
         panels.append((panel.title, draw(_chart(plot, panel, series))))
     # The conditions stand once on the page.
     notes = [line for line in plot.caption.splitlines() if line != " · ".join(conditions(records))]
-    if ends:
+    if crowded:
+        notes = [note for note in notes if not note.startswith(("Horizontal bars", "Vertical bars"))]
+        notes.append("So many points are drawn without bars; the tables have their intervals.")
+    elif ends:
         notes.insert(0, "Vertical bars without seeds: 95 % intervals over images.")
     if plot.x_is_metric and not plot.falling_y and any(len(_front(panel)) > 1 for panel in plot.panels):
         notes.insert(0, "The stair is the Pareto front: right of and below it, a cell costs more and is no better.")
@@ -267,7 +272,7 @@ def _front(panel: Panel) -> list[tuple[float, float]]:
     )
 
 
-def _series(plot: Plot, line: Line, colour: str, shape: int, ends: Sequence[Line]) -> Series:
+def _series(plot: Plot, line: Line, colour: str, shape: int, ends: Sequence[Line], *, with_bars: bool) -> Series:
     marks: list[Mark | None] = []
     absences = []
     for position, point in enumerate(line.points):
@@ -288,10 +293,10 @@ def _series(plot: Plot, line: Line, colour: str, shape: int, ends: Sequence[Line
                 point.x,
                 point.y.mean,
                 name + _point_text(plot, point, low, high),
-                low if low != high else None,
-                high if low != high else None,
-                point.low,
-                point.high,
+                low if with_bars and low != high else None,
+                high if with_bars and low != high else None,
+                point.low if with_bars else None,
+                point.high if with_bars else None,
                 axis_text(point.step) if plot.along_label else "",
             )
         )
@@ -323,7 +328,7 @@ def class_bars(record: Record, name: str, metric: str) -> BarsView | None:
     known.sort(key=lambda entry: (-entry[0], entry[1]))
     unknown = sum(value is None for value in values.values())
     bars = tuple(Bar(label, _percent(value), style.format(value)) for value, label in known)
-    notes = [f"{style.label} ×100 of each class, of the cell with the best {style.label} ({name})."]
+    notes = [f"Of the cell with the best {style.label} ({name}), {style.label} ×100 of each class."]
     if unknown:
         notes.append(f"{unknown} {'class has' if unknown == 1 else 'classes have'} no instance in the split.")
     if len(bars) <= MAX_BARS:
