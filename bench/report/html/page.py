@@ -160,7 +160,6 @@ def _intervals(records: Sequence[Record], metric: str | None) -> str:
         return ""
     errors = [record.get("metrics", {}).get(metric, {}).get("standard_error") for record in records]
     label = style_of(metric).label
-    label = label[:1].upper() + label[1:]
     if any(error is not None for error in errors):
-        return f"{label} ± 1.96 standard errors: a 95 % interval, over images."
+        return f"{label[:1].upper()}{label[1:]} ± 1.96 standard errors: a 95 % interval, over images."
     return f"The records hold no standard error of {label}."

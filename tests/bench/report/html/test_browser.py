@@ -69,7 +69,7 @@ def _browse(page: Path, profile: Path, *, dark: bool = False) -> tuple[str, list
         *(BROWSER, "--headless=new", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
         *("--disable-component-update", "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND"),
         *("--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", "--window-size=1400,900"),
-        *(f"--blink-settings=preferredColorScheme={0 if dark else 1}"),
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),
         *("--dump-dom", page.as_uri()),
     ]
