@@ -28,6 +28,7 @@ from diffinst.data.annotations import (
     CLASS_AGNOSTIC_NAME,
     CocoAnnotations,
     compress_segmentation,
+    decode_segmentation,
     read_annotations,
     read_image,
 )
@@ -309,6 +310,11 @@ class EvidenceReader:
 def match_class(overlaps: np.ndarray, is_crowd: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The matching of the COCO evaluation, for `bench.stats.breakdown`, which does not know the evaluator."""
     return match_greedily(overlaps, is_crowd, thresholds)
+
+
+def region_mask(item: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """(height, width) bool of an annotation or a result."""
+    return decode_segmentation(item["segmentation"], *size)
 
 
 def _counting(results: list[dict[str, Any]], truth: Truth) -> list[dict[str, Any]]:

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.report.evidence import CellEvidence, match_class
+from bench.report.evidence import CellEvidence, match_class, region_mask
 from bench.stats.breakdown import RIGHT, Scene, best_threshold, classify_errors, image_f1
-from diffinst.data.annotations import compress_segmentation
-from diffinst.ops.rle import decode_rle
 
 LONG_SIDE = 320  # pixels of a drawn picture
 _MAX_ENLARGED = 4.0
@@ -212,7 +210,7 @@ def _region(item: dict[str, Any], full: tuple[int, int], size: tuple[int, int], 
         left, top = max(int(x * across), 0), max(int(y * down), 0)
         mask[top : round((y + height) * down), left : round((x + width) * across)] = True
         return mask
-    mask = decode_rle(compress_segmentation(item["segmentation"], *full))
+    mask = region_mask(item, full)
     grown = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     return np.asarray(grown) > 127
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from diffinst.errors import DataError
+from diffinst.ops.rle import decode_rle
 
 _logger = logging.getLogger(__name__)
 
@@ -330,6 +331,11 @@ def compress_segmentation(segmentation: list[list[float]] | dict[str, Any], heig
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def decode_segmentation(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
+    """Polygons or RLE -> (height, width) bool."""
+    return decode_rle(compress_segmentation(segmentation, height, width))
 
 
 def read_image(path: Path, *, reduce_depth: bool = False) -> np.ndarray:

@@ -10,8 +10,9 @@ import numpy as np
 from bench.report.cells import REPEAT_AXES, Record, axis_value, value_of
 from bench.report.evidence import CellEvidence, EvidenceReader, Losses, NotThere, match_class
 from bench.report.gallery import CellScores, Shown, choose, score_images, show
+from bench.report.html.chart_views import ChartView, curve_chart
 from bench.report.html.charts import thinned
-from bench.report.html.views import ChartView, cell_names, curve_chart
+from bench.report.html.views import cell_names
 from bench.report.metrics import axis_label, axis_text
 from bench.stats.breakdown import ERROR_KINDS, ERROR_TEXT, Breakdown, error_breakdown, precision_at_recalls
 

@@ -20,6 +20,7 @@ from bench.report.cells import Record
 from bench.report.conditions import conditions
 from bench.report.evidence import EvidenceReader
 from bench.report.html import views
+from bench.report.html.chart_views import ChartView, chart_view, missing_plots, plot_specs
 from bench.report.html.evidence_views import view_evidence
 from bench.report.metrics import style_of
 from bench.report.state import CELL_STATES, STATE_MARK, CellState
@@ -70,7 +71,8 @@ class Page:
 def build_page(content: ReportInput) -> Page:
     """Make the page of a suite on one machine."""
     records = [state.record for state in content.states]
-    metric = views.main_metric(records)
+    # Where nothing is measured any more, the older records say what there was.
+    metric = views.main_metric([*records, *(state.older for state in content.states if state.older is not None)])
     charts, chart_notes = _charts(records, content.plots)
     evidence = view_evidence(records, content.reader, metric, pictures=content.pictures)
     latencies, latency_notes = views.latency_rows(records)
@@ -134,14 +136,14 @@ def _headings(table: Table) -> list[str]:
     return [f"{column.label} ({column.unit})" if column.unit else column.label for column in table.columns]
 
 
-def _charts(records: Sequence[Record], asked: Sequence[Mapping[str, Any]]) -> tuple[list[views.ChartView], list[str]]:
+def _charts(records: Sequence[Record], asked: Sequence[Mapping[str, Any]]) -> tuple[list[ChartView], list[str]]:
     charts, notes = [], []
-    for spec in views.plot_specs(records, asked):
+    for spec in plot_specs(records, asked):
         try:
-            charts.append(views.chart_view(records, spec))
+            charts.append(chart_view(records, spec))
         except ValueError as error:
             notes.append(f"Not drawn: {error}.")
-    return charts, [*notes, *views.missing_plots(records)]
+    return charts, [*notes, *missing_plots(records)]
 
 
 def _bars(records: Sequence[Record], metric: str | None) -> views.BarsView | None:
