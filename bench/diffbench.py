@@ -30,6 +30,7 @@ from bench.report.build import (
     write_plots,
     write_tables,
 )
+from bench.report_cli import report_command
 from bench.store import check_inside
 from bench.upstream_cli import export_config_command, import_config_command
 from diffinst.errors import DiffInstError
@@ -49,6 +50,7 @@ app.command("explain")(explain_command)
 app.command("pack")(pack_command)
 app.command("verify-pack")(verify_pack_command)
 app.command("race")(race_command)
+app.command("report")(report_command)
 app.command("import-config")(import_config_command)
 app.command("export-config")(export_config_command)
 

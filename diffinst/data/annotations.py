@@ -1,23 +1,30 @@
-"""COCO annotation files: a strict reader of the json; no images, no tensors.
+"""The strict reader of COCO json files, and of image files. Loads no torch.
 
-The whole file is checked before anything is made of it. Every error names the file, the annotation and the image, says
-what is allowed and what to do.
+The whole json is checked before any image is read. Every error names the file, the annotation and the image, says what
+is allowed and what to do.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from diffinst.errors import DataError
+from diffinst.ops.rle import decode_rle
 
 _logger = logging.getLogger(__name__)
+
+# What Pillow raises for files that are cut off, damaged or no images.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 
 CLASS_AGNOSTIC_NAME = "object"
 
@@ -324,3 +331,35 @@ def compress_segmentation(segmentation: list[list[float]] | dict[str, Any], heig
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def decode_segmentation(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
+    """Polygons or RLE -> (height, width) bool."""
+    return decode_rle(compress_segmentation(segmentation, height, width))
+
+
+def read_image(path: Path, *, reduce_depth: bool = False) -> np.ndarray:
+    """Decode an image file, turned as its EXIF orientation says.
+
+    Args:
+        reduce_depth: read greyscale of 16 bits, by its upper 8, as Pillow reads colours of 16 bits, instead of refusing
+            it: only who looks at a picture can say whether its values use that range.
+    Returns:
+        (h, w, 3) uint8 RGB.
+
+    Raises:
+        DataError: missing, damaged, no image, or of more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as file:
+            if reduce_depth and file.mode.startswith("I;16"):
+                grey = (np.asarray(ImageOps.exif_transpose(file)) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            if file.mode not in _EIGHT_BIT_MODES:
+                raise DataError(f"{path}: pixels of mode {file.mode} are not supported; save it with 8 bits a channel")
+            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image file; put it there or remove its entry") from error
+    except _DECODING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be decoded: {reason}; the file is damaged or no image, replace it") from error

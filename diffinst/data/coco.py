@@ -1,12 +1,11 @@
-"""COCO-format data sets: images with their ground truth, which `diffinst.data.annotations` reads.
+"""COCO-format data sets: images with their ground truth.
 
-The whole json is checked before any image is read; images are decoded when they are asked for. Every error names the
-file, the annotation and the image, says what is allowed and what to do.
+The whole json is checked before any image is read (see `diffinst.data.annotations`); images are decoded when they are
+asked for.
 """
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import hotcoco.mask
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffinst.config import DataConfig
@@ -26,6 +24,7 @@ from diffinst.data.annotations import (
     ImageInfo,
     compress_segmentation,
     read_annotations,
+    read_image,
 )
 from diffinst.data.catalog import Split
 from diffinst.data.transforms import (
@@ -41,37 +40,6 @@ from diffinst.structures import Sample, Target
 
 # Splits whose decoded images fit into this many bytes are kept in memory after the first reading.
 CACHE_BYTES = 512 * 1024**2
-
-# What Pillow raises for files that are cut off, damaged or no images.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-
-
-def read_image(path: Path, *, reduce_depth: bool = False) -> np.ndarray:
-    """Decode an image file, turned as its EXIF orientation says.
-
-    Args:
-        reduce_depth: read greyscale of 16 bits, by its upper 8, as Pillow reads colours of 16 bits, instead of refusing
-            it: only who looks at a picture can say whether its values use that range.
-    Returns:
-        (h, w, 3) uint8 RGB.
-
-    Raises:
-        DataError: missing, damaged, no image, or of more than 8 bits a channel.
-    """
-    try:
-        with Image.open(path) as file:
-            if reduce_depth and file.mode.startswith("I;16"):
-                grey = (np.asarray(ImageOps.exif_transpose(file)) >> 8).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            if file.mode not in _EIGHT_BIT_MODES:
-                raise DataError(f"{path}: pixels of mode {file.mode} are not supported; save it with 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image file; put it there or remove its entry") from error
-    except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be decoded: {reason}; the file is damaged or no image, replace it") from error
 
 
 class CocoDataset:

@@ -3,6 +3,7 @@
 An image is annotated for some of the classes: those of its annotations, which `not_exhaustive_category_ids` names where
 some instances may be missing, and those of `neg_category_ids`, which it does not show. Of all others nothing is known.
 Categories carry `image_count`, on how many training images they are, and `frequency`: r rare, c common, f frequent.
+Loads no torch.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffinst.checkpoint import replacing
 from diffinst.config import DataConfig, SamplerConfig
-from diffinst.data.coco import read_image
+from diffinst.data.annotations import read_image
 from diffinst.data.transforms import Recipe, plan_test, transform_image
 from diffinst.drawing import add_legend, draw_detections, enlarge
 from diffinst.engine.inference import detect

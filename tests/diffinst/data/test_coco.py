@@ -17,8 +17,8 @@ from pycocotools import mask as coco_mask
 
 from diffinst.config import DataConfig
 from diffinst.data import coco
-from diffinst.data.annotations import decode_rle_counts, parse_annotations, read_annotations
-from diffinst.data.coco import CocoDataset, open_dataset, read_image
+from diffinst.data.annotations import decode_rle_counts, parse_annotations, read_annotations, read_image
+from diffinst.data.coco import CocoDataset, open_dataset
 from diffinst.data.transforms import boxes_of_masks
 from diffinst.errors import DataError
 

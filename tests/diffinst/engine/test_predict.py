@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffinst.build import seeded_model
 from diffinst.config import DataConfig, ModelConfig, SamplerConfig
-from diffinst.data.coco import read_image
+from diffinst.data.annotations import read_image
 from diffinst.engine.predict import coco_results, detect_image, find_media, predict
 from diffinst.errors import DataError
 from diffinst.model import DiffusionInst

@@ -1,0 +1,214 @@
+"""The charts of the page: a suite's plots and others of its main metric as `charts.Chart`, with legend and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from bench.report.cells import STATE_TEXT, STATES, Record, State, bare, metric_names, value_of, varying_axes
+from bench.report.conditions import conditions
+from bench.report.html.charts import Absence, Chart, Mark, Series, draw, series_colours, swatch, thinned
+from bench.report.html.views import Z_95, main_metric
+from bench.report.metrics import axis_label, axis_text
+from bench.report.plots import Line, Panel, Plot, Point, build_plot, pareto_front
+
+_SYMBOLS: dict[State, str] = {"failed": "✗", "skipped": "○", "missing": "?", "unmeasured": "–"}
+_MAX_WITH_BARS = 60  # points of a chart; more bars would hide them
+
+
+@dataclass(frozen=True)
+class ChartView:
+    """A chart with what stands around it. panels: (heading, drawing). legend: (swatch, label)."""
+
+    title: str
+    panels: tuple[tuple[str, Markup], ...]
+    legend_title: str
+    legend: tuple[tuple[Markup, str], ...]
+    notes: tuple[str, ...]
+
+
+def plot_specs(records: Sequence[Record], asked: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The suite's plots, and the main metric against sampling steps, latency and proposals where that is not there."""
+    specs = [dict(spec) for spec in asked]
+    metric = main_metric(records)
+    if metric is None:
+        return specs
+    axes = sorted(varying_axes(records), key=lambda name: name != "sampling_steps")
+    for x in ("sampling_steps", "latency_s/total", "num_proposals"):
+        if "/" in x and x not in metric_names(records):
+            continue
+        if "/" not in x and x not in axes:
+            continue
+        if any((bare(spec["x"]), spec["y"]) == (bare(x), metric) for spec in specs):
+            continue
+        others = [name for name in axes if name != x]
+        if "/" in x and len(others) < 2:
+            others = []  # the only axis runs along the line
+        specs.append({"x": x, "y": metric, "lines": others[-1] if others else None})
+    return specs
+
+
+def missing_plots(records: Sequence[Record]) -> list[str]:
+    """Why a usual chart is not there."""
+    axes = varying_axes(records)
+    notes = [
+        f"AP against {axis_label(name)}: all cells have the same number of them."
+        for name in ("sampling_steps", "num_proposals")
+        if name not in axes
+    ]
+    if value_of(list(records), "latency_s/total").state != "ok":
+        notes.append("AP against latency: no latency was measured.")
+    return notes
+
+
+def chart_view(records: Sequence[Record], spec: Mapping[str, Any]) -> ChartView:
+    """One of a suite's plots.
+
+    Raises:
+        ValueError: it would have too many panels.
+    """
+    x, y = str(spec["x"]), str(spec["y"])
+    arguments: dict[str, Any] = {"x": x, "y": y, "lines": spec.get("lines"), "title": spec.get("title")}
+    plot = build_plot(records, **arguments)
+    crowded = sum(len(line.points) for panel in plot.panels for line in panel.lines) > _MAX_WITH_BARS
+    ends = [] if crowded else [build_plot(moved, **arguments) for moved in _shifted(records, y)]
+    colours = series_colours(len(plot.panels[0].lines) if plot.panels else 0, ordered=plot.lines_ordered)
+    panels: list[tuple[str, Markup]] = []
+    first: tuple[Series, ...] = ()
+    for number, panel in enumerate(plot.panels):
+        series = tuple(
+            _series(plot, line, colours[i], i, [end.panels[number].lines[i] for end in ends], with_bars=not crowded)
+            for i, line in enumerate(panel.lines)
+        )
+        first = first or series
+        panels.append((panel.title, draw(_chart(plot, panel, series))))
+    # The conditions stand once on the page.
+    notes = [line for line in plot.caption.splitlines() if line != " · ".join(conditions(records))]
+    if crowded:
+        notes = [note for note in notes if not note.startswith(("Horizontal bars", "Vertical bars"))]
+        notes.append("So many points are drawn without bars; the tables have their intervals.")
+    elif ends:
+        notes.insert(0, "Vertical bars without seeds: 95 % intervals over images.")
+    if plot.x_is_metric and not plot.falling_y and any(len(_front(panel)) > 1 for panel in plot.panels):
+        notes.insert(0, "The stair is the Pareto front: right of and below it, a cell costs more and is no better.")
+    absent = {point.y.state for panel in plot.panels for line in panel.lines for point in line.points}
+    notes += [f"{_SYMBOLS[state]} {STATE_TEXT[state]}" for state in STATES if state in absent and not plot.x_is_metric]
+    legend = tuple((swatch(entry), entry.label) for entry in first) if plot.lines_label else ()
+    return ChartView(plot.title, tuple(panels), plot.lines_label, legend, tuple(notes))
+
+
+def _shifted(records: Sequence[Record], metric: str) -> list[list[Record]]:
+    """The records with the lower and with the upper end of the interval in place of the value; [] without any."""
+    if all(record.get("metrics", {}).get(metric, {}).get("standard_error") is None for record in records):
+        return []
+
+    def moved(record: Record, sign: float) -> Record:
+        entry = record.get("metrics", {}).get(metric, {})
+        if entry.get("value") is None or entry.get("standard_error") is None:
+            return record
+        value = entry["value"] + sign * Z_95 * entry["standard_error"]
+        return {**record, "metrics": {**record["metrics"], metric: {**entry, "value": value}}}
+
+    return [[moved(record, sign) for record in records] for sign in (-1, 1)]
+
+
+def _chart(plot: Plot, panel: Panel, series: tuple[Series, ...]) -> Chart:
+    where = f" ({panel.title})" if panel.title else ""
+    return Chart(
+        x_label=plot.x_label,
+        y_label=plot.y_label,
+        series=series,
+        description=f"{plot.title}{where}: a line chart; its numbers are in the tables.",
+        x_ticks=plot.tick_values,
+        log_x=plot.log_x,
+        front=tuple(_front(panel)) if plot.x_is_metric and not plot.falling_y else (),
+        # Differences below one point of AP are not blown up to the whole height.
+        least_height=1.0 if plot.y_style.scale == 100 else 0.0,
+    )
+
+
+def _front(panel: Panel) -> list[tuple[float, float]]:
+    return pareto_front(
+        (point.x, point.y.mean)
+        for line in panel.lines
+        for point in line.points
+        if point.x is not None and point.y.mean is not None
+    )
+
+
+def _series(plot: Plot, line: Line, colour: str, shape: int, ends: Sequence[Line], *, with_bars: bool) -> Series:
+    marks: list[Mark | None] = []
+    absences = []
+    for position, point in enumerate(line.points):
+        name = f"{plot.lines_label} {line.label}, " if plot.lines_label else ""
+        if point.x is None or point.y.mean is None:
+            marks.append(None)
+            if point.x is not None and point.y.state in STATES:
+                text = f"{name}{plot.x_label} {axis_text(point.step)}: {STATE_TEXT[point.y.state]}"
+                absences.append(Absence(point.x, _SYMBOLS[point.y.state], f"{text}: {point.y.reason}".rstrip(": ")))
+            continue
+        low = high = None
+        if point.y.spread:
+            low, high = point.y.mean - point.y.spread, point.y.mean + point.y.spread
+        elif len(ends) == 2:
+            low, high = (end.points[position].y.mean for end in ends)
+        marks.append(
+            Mark(
+                point.x,
+                point.y.mean,
+                name + _point_text(plot, point, low, high),
+                low if with_bars and low != high else None,
+                high if with_bars and low != high else None,
+                point.low if with_bars else None,
+                point.high if with_bars else None,
+                axis_text(point.step) if plot.along_label else "",
+            )
+        )
+    return Series(line.label, tuple(marks), colour, shape, absences=tuple(absences), faint=plot.x_is_names)
+
+
+def _point_text(plot: Plot, point: Point, low: float | None, high: float | None) -> str:
+    assert point.x is not None
+    assert point.y.mean is not None
+    digits = plot.y_style.digits
+    value = f"{point.y.mean:.{digits}f}"
+    if low is not None and high is not None and low != high:
+        value += f" ({low:.{digits}f} to {high:.{digits}f})"
+    along = f"{plot.along_label} {axis_text(point.step)}, " if plot.along_label else ""
+    at = f"{point.x:.4g}" if plot.x_is_metric else axis_text(point.step)
+    return f"{along}{plot.x_label} {at}: {plot.y_label} {value}"
+
+
+def curve_chart(
+    title: str,
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    ordered: bool = False,
+    legend_title: str = "",
+    notes: Sequence[str] = (),
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    log_y: bool = False,
+) -> ChartView:
+    """Curves of many points each: (label, x, y)."""
+    colours = series_colours(len(curves), ordered=ordered)
+    series = []
+    for (label, xs, ys), colour in zip(curves, colours):
+        marks = tuple(Mark(float(xs[i]), float(ys[i]), "") for i in thinned(len(xs)))
+        series.append(Series(label, marks, colour, curve=True))
+    chart = Chart(
+        x_label,
+        y_label,
+        tuple(series),
+        f"{title}: curves of {', '.join(label for label, _, _ in curves)}",
+        x_range=x_range,
+        y_range=y_range,
+        log_y=log_y,
+    )
+    legend = tuple((swatch(entry), entry.label) for entry in series)
+    return ChartView(title, (("", draw(chart)),), legend_title, legend, tuple(notes))

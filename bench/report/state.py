@@ -1,0 +1,97 @@
+"""What became of every cell of a suite: ok, failed, skipped, missing or stale, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bench.plan import Cell
+from bench.report.cells import Record, axes_of
+from bench.report.metrics import axis_text
+
+CellStateName = Literal["ok", "failed", "skipped", "missing", "stale"]
+CELL_STATES: tuple[CellStateName, ...] = ("ok", "failed", "skipped", "stale", "missing")
+STATE_MARK: dict[CellStateName, str] = {"ok": "✓", "failed": "✗", "skipped": "○", "stale": "↻", "missing": "?"}
+_MAX_DIFFERENCES = 4
+
+
+@dataclass(frozen=True)
+class CellState:
+    """record: of the selection, one with status 'missing' where there is none. older: the record of a stale cell."""
+
+    record: Record
+    state: CellStateName
+    reason: str = ""
+    older: Record | None = None
+
+
+def cell_states(selected: Sequence[Record], every: Sequence[Record], cells: Sequence[Cell] | None) -> list[CellState]:
+    """The states of the selected records, in their order.
+
+    A cell is stale when there is a record of its axes, but of another version of the suite, the data or the code.
+
+    Args:
+        selected: as `bench.report.build.select` gives them.
+        every: all records of the suite on the machine.
+        cells: of the plan; None where no plan is known, and then nothing is missing or stale.
+    """
+    planned = {cell.run_id: cell for cell in cells or ()}
+    states = []
+    for record in selected:
+        if record.get("status") == "missing":
+            cell = planned.get(str(record.get("run_id")))
+            older = _older(record, every)
+            if older is not None:
+                states.append(CellState(record, "stale", _why_stale(older, record, cell), older))
+                continue
+            reason = cell.missing if cell is not None and cell.missing else "it has not been run"
+            states.append(CellState(record, "missing", str(reason)))
+            continue
+        status: CellStateName = "ok"
+        for name in CELL_STATES:
+            if record.get("status") == name:
+                status = name
+        states.append(CellState(record, status, str(record.get("reason") or "")))
+    return states
+
+
+def _older(record: Record, every: Sequence[Record]) -> Record | None:
+    """The newest record with the same axes."""
+    axes = axes_of(record)
+    same = [other for other in every if axes_of(other) == axes and other.get("run_id") != record.get("run_id")]
+    return max(same, key=lambda other: (str(other.get("started_at") or ""), str(other.get("run_id"))), default=None)
+
+
+def _why_stale(older: Record, record: Record, cell: Cell | None) -> str:
+    when = str(older.get("started_at") or "")[:10]
+    which = f"the record of {when}" if when else "its record"
+    changes = differences(older.get("config", {}), record.get("config", {}))
+    if changes:
+        more = f" and {len(changes) - _MAX_DIFFERENCES} more" if len(changes) > _MAX_DIFFERENCES else ""
+        return f"{which} is of other settings: {', '.join(changes[:_MAX_DIFFERENCES])}{more}"
+    nodes = dict(cell.nodes) if cell is not None else {}
+    changed = [kind for kind, node in nodes.items() if older.get("nodes", {}).get(kind) != node]
+    if changed:
+        return f"{which} has the same settings, but data, weights or code of these have changed: {', '.join(changed)}"
+    return f"{which} has the same settings and nodes, but was measured otherwise"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'train.iterations 300 instead of 1500' for each setting of `old` that is not as in `new`.
+
+    A setting that only one of the two knows is younger or older than the other, and no difference.
+    """
+    found = []
+    for name, value in old.items():
+        if name not in new:
+            continue
+        if isinstance(value, Mapping) and isinstance(new[name], Mapping):
+            found += differences(value, new[name], f"{prefix}{name}.")
+        elif _plain(value) != _plain(new[name]):
+            found.append(f"{prefix}{name} {axis_text(value)} instead of {axis_text(new[name])}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

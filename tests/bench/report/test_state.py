@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from report_records import make_grid, make_record
+
+from bench.plan import Cell
+from bench.report.build import select
+from bench.report.state import cell_states, differences
+
+
+def _cell(record: dict, **changes: object) -> Cell:
+    nodes = {"train": "train-2", "predict": "predict-2"}
+    return Cell(f"planned-{record['run_id']}", record["label"], record["axes"], record["config"] | changes, nodes)  # type: ignore[arg-type]
+
+
+def test_every_state_of_a_record_with_its_reason() -> None:
+    states = cell_states(make_grid(), make_grid(), None)
+    found = [(state.state, state.reason) for state in states]
+    assert found.count(("ok", "")) == 6
+    assert ("failed", "out of memory: the process was killed\ntrace") in found
+    assert ("skipped", "its training failed") in found
+    assert ("missing", "it has not been run") in found
+
+
+def test_a_cell_that_cannot_be_run_says_why() -> None:
+    record = make_record(1)
+    cell = Cell("x", record["label"], record["axes"], record["config"], {}, missing="model.weights: does not exist")
+    selected = select([make_record(2)], [cell]).records
+    (state,) = cell_states(selected, [make_record(2)], [cell])
+    assert (state.state, state.reason) == ("skipped", "model.weights: does not exist")
+
+
+def test_a_record_of_other_settings_makes_a_cell_stale_and_names_them() -> None:
+    old = make_record(1)
+    cell = _cell(old, train={**old["config"]["train"], "iterations": 300})
+    (state,) = cell_states(select([old], [cell]).records, [old], [cell])
+    assert state.state == "stale"
+    assert state.older == old
+    assert state.reason == "the record of 2026-01-02 is of other settings: train.iterations 1500 instead of 300"
+
+
+def test_a_record_of_the_same_settings_but_other_nodes_is_stale_by_data_weights_or_code() -> None:
+    old = make_record(1)
+    old["nodes"] = {"train": "train-1", "predict": "predict-2"}
+    cell = _cell(old)
+    (state,) = cell_states(select([old], [cell]).records, [old], [cell])
+    assert state.state == "stale"
+    assert state.reason.endswith("data, weights or code of these have changed: train")
+
+
+def test_of_several_older_records_the_newest_counts_and_other_cells_do_not() -> None:
+    first, second, other = make_record(1), make_record(1), make_record(2)
+    first["run_id"], second["run_id"], second["started_at"] = "a", "b", "2026-02-01T00:00:00Z"
+    cell = _cell(first)
+    (state,) = cell_states(select([first, second, other], [cell]).records, [first, second, other], [cell])
+    assert state.older == second
+    cells = [_cell(make_record(8))]
+    (state,) = cell_states(select([first], cells).records, [first], cells)
+    assert state.state == "missing"
+
+
+def test_differences_name_settings_that_both_know() -> None:
+    old = {"train": {"iterations": 5, "gone": 1, "sizes": (1, 2)}, "data": {"dataset": "coco"}, "engine": {"name": "x"}}
+    new = {"train": {"iterations": 6, "young": 1, "sizes": [1, 2]}, "data": {"dataset": "shapes"}}
+    assert differences(old, new) == ["train.iterations 5 instead of 6", "data.dataset coco instead of shapes"]
