@@ -120,11 +120,13 @@ def _find(
     """The suite and its plan, where a file is given; the name and the results folder in any case."""
     path = Path(suite)
     if path.suffix in {".yaml", ".yml"}:
+        from bench.fingerprints import fingerprints_for
         from bench.plan import build_plan
         from bench.suite import load_suite
 
         loaded = load_suite(path, overrides)
-        return loaded, build_plan(loaded, only=only, data_root=data_root), loaded.name, results
+        contents = fingerprints_for(Store(results).nodes_folder)
+        return loaded, build_plan(loaded, only=only, data_root=data_root, contents=contents), loaded.name, results
     if overrides or only:
         raise BenchError(f"--set and --only need a suite file; '{suite}' is none. Leave them out")
     if path.is_dir():

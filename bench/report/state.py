@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bench.plan import Cell
+from bench.report.build import is_stale
 from bench.report.cells import Record, axes_of
 from bench.report.metrics import axis_text
 
@@ -18,7 +19,10 @@ _MAX_DIFFERENCES = 4
 
 @dataclass(frozen=True)
 class CellState:
-    """record: of the selection, one with status 'missing' where there is none. older: the record of a stale cell."""
+    """record: of the selection, one with status 'missing' where there is none.
+
+    older: of a stale cell, the record to show, where that is not `record` itself.
+    """
 
     record: Record
     state: CellStateName
@@ -29,7 +33,8 @@ class CellState:
 def cell_states(selected: Sequence[Record], every: Sequence[Record], cells: Sequence[Cell] | None) -> list[CellState]:
     """The states of the selected records, in their order.
 
-    A cell is stale when there is a record of its axes, but of another version of the suite, the data or the code.
+    A cell is stale when its record was made by other code than today's, or when there is one of its axes only, of
+    another version of the suite.
 
     Args:
         selected: as `bench.report.build.select` gives them.
@@ -43,10 +48,13 @@ def cell_states(selected: Sequence[Record], every: Sequence[Record], cells: Sequ
             cell = planned.get(str(record.get("run_id")))
             older = _older(record, every)
             if older is not None:
-                states.append(CellState(record, "stale", _why_stale(older, record, cell), older))
+                states.append(CellState(record, "stale", _why_stale(older, record), older))
                 continue
             reason = cell.missing if cell is not None and cell.missing else "it has not been run"
             states.append(CellState(record, "missing", str(reason)))
+            continue
+        if record.get("status") == "ok" and (changed := _changed_code(record, planned)):
+            states.append(CellState(record, "stale", changed))
             continue
         status: CellStateName = "ok"
         for name in CELL_STATES:
@@ -56,6 +64,18 @@ def cell_states(selected: Sequence[Record], every: Sequence[Record], cells: Sequ
     return states
 
 
+def _changed_code(record: Record, planned: Mapping[str, Cell]) -> str:
+    """What code has changed since a record of a planned cell was made; '' for none."""
+    cell = planned.get(str(record.get("run_id")))
+    if cell is None or not is_stale(record, cell):
+        return ""
+    known = record.get("code") or {}
+    if not known:
+        return "it is older than digests of code in records, so the code may have changed"
+    changed = [kind for kind, code in cell.code.items() if kind in record.get("nodes", {}) and known.get(kind) != code]
+    return f"measured with other code than today's: that of {', '.join(changed)} has changed"
+
+
 def _older(record: Record, every: Sequence[Record]) -> Record | None:
     """The newest record with the same axes."""
     axes = axes_of(record)
@@ -63,18 +83,14 @@ def _older(record: Record, every: Sequence[Record]) -> Record | None:
     return max(same, key=lambda other: (str(other.get("started_at") or ""), str(other.get("run_id"))), default=None)
 
 
-def _why_stale(older: Record, record: Record, cell: Cell | None) -> str:
+def _why_stale(older: Record, record: Record) -> str:
     when = str(older.get("started_at") or "")[:10]
     which = f"the record of {when}" if when else "its record"
     changes = differences(older.get("config", {}), record.get("config", {}))
     if changes:
         more = f" and {len(changes) - _MAX_DIFFERENCES} more" if len(changes) > _MAX_DIFFERENCES else ""
         return f"{which} is of other settings: {', '.join(changes[:_MAX_DIFFERENCES])}{more}"
-    nodes = dict(cell.nodes) if cell is not None else {}
-    changed = [kind for kind, node in nodes.items() if older.get("nodes", {}).get(kind) != node]
-    if changed:
-        return f"{which} has the same settings, but data, weights or code of these have changed: {', '.join(changed)}"
-    return f"{which} has the same settings and nodes, but was measured otherwise"
+    return f"{which} has the same settings, but was measured otherwise"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

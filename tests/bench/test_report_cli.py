@@ -60,6 +60,7 @@ def _write_records(path: Path, results: Path, *, machine: str) -> None:
                 "axes": cell.axes,
                 "config": cell.config,
                 "nodes": dict(cell.nodes),
+                "code": dict(cell.code),
                 "metrics": {
                     "segm/AP": metric("segm/AP", None if failed else 0.25 * (number + 1), "failed").model_dump()
                 },

@@ -38,13 +38,27 @@ def test_a_record_of_other_settings_makes_a_cell_stale_and_names_them() -> None:
     assert state.reason == "the record of 2026-01-02 is of other settings: train.iterations 1500 instead of 300"
 
 
-def test_a_record_of_the_same_settings_but_other_nodes_is_stale_by_data_weights_or_code() -> None:
+def test_a_record_of_the_same_settings_measured_otherwise_is_stale() -> None:
     old = make_record(1)
-    old["nodes"] = {"train": "train-1", "predict": "predict-2"}
     cell = _cell(old)
     (state,) = cell_states(select([old], [cell]).records, [old], [cell])
-    assert state.state == "stale"
-    assert state.reason.endswith("data, weights or code of these have changed: train")
+    assert (state.state, state.older) == ("stale", old)
+    assert state.reason == "the record of 2026-01-02 has the same settings, but was measured otherwise"
+
+
+def test_a_record_of_other_code_is_stale_and_shown() -> None:
+    record = make_record(1)
+    record["nodes"], record["code"] = {"train": "train-1", "score": "score-1"}, {"train": "a", "score": "b"}
+    cell = Cell(
+        record["run_id"], record["label"], record["axes"], record["config"], {}, code={"train": "a", "score": "c"}
+    )
+    (state,) = cell_states([record], [record], [cell])
+    assert (state.record, state.state, state.older) == (record, "stale", None)
+    assert state.reason == "measured with other code than today's: that of score has changed"
+    (state,) = cell_states([{**record, "code": {}}], [record], [cell])
+    assert state.reason.startswith("it is older than digests of code")
+    (state,) = cell_states([{**record, "code": {"train": "a", "score": "c"}}], [record], [cell])
+    assert state.state == "ok"
 
 
 def test_of_several_older_records_the_newest_counts_and_other_cells_do_not() -> None:
