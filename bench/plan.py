@@ -348,7 +348,8 @@ class _Builder:
             found["engine_weights"] = str(self._needed("engine", "engine_weights", engine.engine_weights))
         if engine.checkout is not None:
             found["checkout"] = str(self._needed("engine", "checkout", engine.checkout))
-        for name in ("python", "recipe"):
+        # A recipe of a checkout is a path inside it, whatever else lies there under the same name.
+        for name in ("python", "recipe") if engine.checkout is None else ("python",):
             # An interpreter that is not here is none of the plan's business: its results may be stored.
             if engine.is_external and found[name] is not None and (path := self._find(name, found[name])) is not None:
                 found[name] = str(path)

@@ -224,25 +224,6 @@ def load_model_weights(model: nn.Module, checkpoint: Checkpoint, *, use_ema: boo
     model.load_state_dict(found)
 
 
-def read_weights_metadata(path: Path) -> Checkpoint:
-    """What a file that `load_weights_file` takes says about itself: configuration, classes, source; without tensors.
-
-    Raises:
-        CheckpointError: as for `load_checkpoint`.
-    """
-    return load_checkpoint(path, with_tensors=False)
-
-
-def load_weights_file(path: Path, model: nn.Module, *, use_ema: bool = False) -> None:
-    """Copy the weights of a whole model from a file that `diffinst train` or `diffinst import-weights` wrote.
-
-    Raises:
-        CheckpointError: no such file, another kind of file, names or shapes differ, or the moving average is asked for
-            and not there; the model is left unchanged.
-    """
-    load_model_weights(model, load_checkpoint(path), use_ema=use_ema)
-
-
 def _sort_metadata(path: Path) -> None:
     """Put a safetensors file's metadata in order of name; the library has them in any, and equal files should be equal.
 

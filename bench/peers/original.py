@@ -168,14 +168,20 @@ def noise_giver(eval_seed: int, num_proposals: int, steps: int) -> Callable[[int
 def describe(job: Job) -> dict[str, Any]:
     """Which code ran: the checkout's package and commit (None where it is no git clone), and what was stood in for."""
     folder, name = find_package(job.engine.get("checkout"))
+    return {"checkout": {"package": name, "commit": find_commit(folder)}, "stand_ins": stand_in_names()}
+
+
+def find_commit(folder: Path) -> str | None:
+    """The commit of a clone; None for another folder, one inside the work tree of something else included."""
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=30
-        )
-        commit = done.stdout.strip() or None
-    except OSError:
-        commit = None
-    return {"checkout": {"package": name, "commit": commit}, "stand_ins": stand_in_names()}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return None
+    top, commit = done.stdout.splitlines()
+    return commit if Path(top).resolve() == folder.resolve() else None
 
 
 def stand_in_names() -> list[str]:

@@ -349,6 +349,41 @@ def test_the_code_of_a_checkout_counts_and_what_it_writes_does_not(tmp_path: Pat
         plan_of(tmp_path, f"engine: {ORIGINAL.replace('a.yaml', 'b.yaml')}\n")
 
 
+def test_what_an_original_names_is_found_below_the_data_root_the_suite_or_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, root = tmp_path / "here", tmp_path / "root"
+    for folder in (here, root):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    found = []
+    for place in (here, tmp_path, root):  # the later ones are looked at first
+        make_checkout(place)
+        engine = node(plan_of(tmp_path, f"engine: {ORIGINAL}\n", data_root=root), 0, "predict").options["engine"]
+        assert engine["checkout"] == str(place / "clone")
+        assert engine["engine_weights"] == str(place / "w.pth")
+        found.append(engine["recipe"])
+    assert found == ["configs/a.yaml"] * 3
+
+
+def test_the_recipe_of_a_checkout_is_the_one_inside_it(tmp_path: Path) -> None:
+    make_checkout(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.yaml").write_text("x: 2\n")  # beside the suite, under the same name
+    engine = node(plan_of(tmp_path, f"engine: {ORIGINAL}\n"), 0, "predict").options["engine"]
+    assert engine["recipe"] == "configs/a.yaml"
+    (tmp_path / "configs" / "b.yaml").write_text("x: 2\n")
+    with pytest.raises(SuiteError, match=r"'configs/b.yaml' is no file in .*clone"):
+        plan_of(tmp_path, f"engine: {ORIGINAL.replace('a.yaml', 'b.yaml')}\n")
+
+
+def test_a_recipe_of_detectron2_is_a_file_where_there_is_one_else_a_name(tmp_path: Path) -> None:
+    text = "engine: {name: detectron2, python: P, recipe: r.yaml}\n"
+    assert node(plan_of(tmp_path, text), 0, "train").options["engine"]["recipe"] == "r.yaml"
+    (tmp_path / "r.yaml").write_text("x: 1\n")
+    assert node(plan_of(tmp_path, text), 0, "train").options["engine"]["recipe"] == str(tmp_path / "r.yaml")
+
+
 # -- weights from files -----------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
 """The runner with the real detectron2, in the interpreter that `tox -e detectron2` makes; Python 3.10, nothing of ours.
 
 A thin Mask R-CNN learns a few iterations on generated rectangles, is stopped and goes on, predicts and is timed. The
-engine for original repositories runs a small project written here, which draws noise in the released order.
+engine for original repositories runs a small project written here, which draws noise in the released order, and where
+DIFFINST_CHECKOUTS names a folder of clones, these: DiffusionInst, DiffusionDet or both.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -317,3 +319,56 @@ def test_mistakes_with_an_original(original: dict[str, Any], tmp_path: Path) -> 
     detector.write_text(detector.read_text().replace("torch.randn_like(kept)", "torch.randn(1, 2, 4)"))
     code, last = run(original)
     assert (code, "which the released code does not" in last["error"]) == (2, True)
+
+
+CHECKOUTS = Path(os.environ.get("DIFFINST_CHECKOUTS", "/nonexistent"))
+# Writes the random weights of a job's own model, so that there are some that fit.
+WRITE_WEIGHTS = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from bench.peers import detectron, original
+from bench.peers.protocol import read_job
+job = read_job(Path(sys.argv[1]))
+model = detectron.build_model(original.build_config(job), 0)
+torch.save({"model": model.state_dict()}, job.engine["engine_weights"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("repository", "recipe"),
+    [("DiffusionInst", "configs/diffinst.coco.res50.yaml"), ("DiffusionDet", "configs/diffdet.coco.res50.yaml")],
+)
+def test_a_clone_of_an_original_predicts_the_same_twice(
+    data: Path, tmp_path: Path, repository: str, recipe: str
+) -> None:
+    if not (CHECKOUTS / repository).is_dir():
+        pytest.skip(f"DIFFINST_CHECKOUTS names no folder with a clone of {repository}")
+    sizes = {"HIDDEN_DIM": 16, "NUM_HEADS": 2, "NHEADS": 4, "DIM_FEEDFORWARD": 32, "DIM_DYNAMIC": 8}
+    engine = {
+        "name": "original",
+        "checkout": str(CHECKOUTS / repository),
+        "recipe": recipe,
+        "engine_weights": str(tmp_path / "w.pth"),
+        "options": {name: value for name, value in THIN.items() if name.startswith(("MODEL.RESNETS.W", "MODEL.FPN"))}
+        | {"MODEL.RESNETS.RES2_OUT_CHANNELS": 16, "MODEL.RESNETS.STEM_OUT_CHANNELS": 8}
+        | {f"MODEL.{repository}.{name}": value for name, value in sizes.items()},
+    }
+    sampler = {"sampling_steps": 2, "num_proposals": 30, "eval_seed": 3, "max_detections": None}
+    found = []
+    for number in range(2):
+        content = job(data, tmp_path / f"out{number}", "predict", engine=engine, sampler=sampler)
+        if number == 0:
+            path = tmp_path / "job.json"
+            path.write_text(json.dumps(content))
+            command = [sys.executable, "-c", WRITE_WEIGHTS, str(path), str(RUNNER.parents[2])]
+            subprocess.run(command, check=True, capture_output=True)
+        environment = result(content)["environment"]
+        found.append(lines(tmp_path / f"out{number}" / "results.jsonl"))
+    assert environment["checkout"]["package"] == repository.lower()
+    assert found[0] == found[1]  # noise is a function of seed and image
+    for record in found[0]:
+        assert 0 < len(record["score"]) <= 30
+        assert set(record["category_id"]) <= {3, 9}
+        assert (record["segmentation"] is not None) == (repository == "DiffusionInst")

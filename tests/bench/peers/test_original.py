@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench.peers.original import find_package, import_package, noise_giver, stand_in_for_timm, stand_in_names
+from bench.peers.original import (
+    find_commit,
+    find_package,
+    import_package,
+    noise_giver,
+    stand_in_for_timm,
+    stand_in_names,
+)
 from bench.peers.protocol import PeerError
 
 
@@ -20,7 +29,8 @@ def clean_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     yield
     for name in set(sys.modules) - before:
-        del sys.modules[name]
+        if name.split(".")[0] in ("timm", "diffusiondet"):  # not torch, which cannot be loaded twice
+            del sys.modules[name]
 
 
 def package(folder: Path, text: str = "") -> Path:
@@ -39,6 +49,24 @@ def test_either_package_is_found(tmp_path: Path) -> None:
 def test_no_checkout(checkout: str | None, message: str) -> None:
     with pytest.raises(PeerError, match=message):
         find_package(checkout)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_the_clone_itself(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "inside").mkdir()
+    package(tmp_path)
+    assert find_commit(tmp_path) is None
+    git("init")
+    assert find_commit(tmp_path) is None  # nothing committed
+    git("add", ".")
+    git("commit", "--message", "x")
+    assert find_commit(tmp_path) == git("rev-parse", "HEAD")
+    assert find_commit(tmp_path / "inside") is None
+    assert find_commit(tmp_path / "nowhere") is None
 
 
 @pytest.mark.usefixtures("clean_modules")

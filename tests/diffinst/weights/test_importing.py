@@ -22,7 +22,7 @@ from diffinst.backbones.registry import BACKBONES
 from diffinst.backbones.resnet import ResNet
 from diffinst.backbones.swin import Swin
 from diffinst.build import build_model
-from diffinst.checkpoint import Checkpoint, load_checkpoint, load_weights_file, read_weights_metadata, save_checkpoint
+from diffinst.checkpoint import Checkpoint, load_checkpoint, load_model_weights, save_checkpoint
 from diffinst.cli import main
 from diffinst.config import Config, ModelConfig, SamplerConfig
 from diffinst.diffusion.sampler import sample
@@ -89,9 +89,9 @@ class TestReleasedTinyModel:
         write(tmp_path / f"tiny{suffix}", {"model": load_fixture("tiny_model_state")})
         command = ["import-weights", f"tiny{suffix}", "--out", "tiny.safetensors", "--preset", "released"]
         assert main([*command, "--set", "num_attention_heads=4", "--set", "num_proposals=20"]) == 0
-        config = read_weights_metadata(Path("tiny.safetensors")).config
+        config = load_checkpoint(Path("tiny.safetensors"), with_tensors=False).config
         model = build_model(config.model).eval()
-        load_weights_file(Path("tiny.safetensors"), model)
+        load_model_weights(model, load_checkpoint(Path("tiny.safetensors")))
         expected = released_tiny_model().state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
@@ -187,10 +187,10 @@ def test_import_of_the_export_is_the_same(checkpoint: Path, suffix: str, tmp_pat
     assert num_tensors == len(before.model) + 12 == len(imported.weights) + len(imported.left_out)
     assert after.source["kind"] == ("DiffusionDet" if without_masks else "DiffusionInst")
 
-    metadata = read_weights_metadata(tmp_path / "back.safetensors")
+    metadata = load_checkpoint(tmp_path / "back.safetensors", with_tensors=False)
     assert (metadata.config, metadata.source, metadata.model) == (after.config, after.source, {})
     model = build_model(metadata.config.model)
-    load_weights_file(tmp_path / "back.safetensors", model)
+    load_model_weights(model, load_checkpoint(tmp_path / "back.safetensors"))
     assert all(torch.equal(value, before.model[name]) for name, value in model.state_dict().items())
 
 
