@@ -21,17 +21,8 @@ import typer
 
 from bench.errors import RecordError, StoreError, SuiteError
 from bench.fingerprints import fingerprints_for, save_if_possible
-from bench.plan import (
-    PastNode,
-    Plan,
-    PlanLine,
-    build_plan,
-    describe_plan,
-    duration_text,
-    needed_nodes,
-    past_of_record,
-    total_s,
-)
+from bench.outlook import PlanLine, describe_plan, duration_text, total_s
+from bench.plan import PastNode, Plan, build_plan, needed_nodes, past_of_record
 from bench.record import load_record
 from bench.store import Store, check_inside, past_of_result, write_problem
 from bench.suite import Suite, load_suite

@@ -13,7 +13,8 @@ from typing import Any
 
 from bench.errors import BenchError, RecordError
 from bench.origins import origin_of
-from bench.plan import Cell, Node, PastNode, Plan, change_reasons
+from bench.outlook import change_reasons
+from bench.plan import Cell, Node, PastNode, Plan
 from bench.record import RunRecord, load_record
 from bench.store import NodeResult, Store, past_of_result
 from bench.suite import Suite, SuiteCell, axis_value_text

@@ -14,7 +14,8 @@ from bench.report.state import CellState, cell_states
 from bench.store import Store, write_atomic
 
 if TYPE_CHECKING:
-    from bench.plan import Plan, PlanLine
+    from bench.outlook import PlanLine
+    from bench.plan import Plan
     from bench.report.tables import Table
     from bench.suite import Suite
 
@@ -153,7 +154,7 @@ def _configs(plan: Plan | None) -> dict[str, dict[str, Any]]:
 def _plan_lines(plan: Plan | None, store: Store) -> list[PlanLine] | None:
     if plan is None:
         return None
-    from bench.plan import describe_plan
+    from bench.outlook import describe_plan
 
     return describe_plan(plan, store.is_done, unfinished=store.unfinished)
 

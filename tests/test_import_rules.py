@@ -41,6 +41,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.suite": {"torch", "matplotlib", "pandas"},
     "bench.upstream": {"torch", "matplotlib", "pandas"},
     "bench.plan": {"torch", "matplotlib", "pandas"},
+    "bench.outlook": {"torch", "matplotlib", "pandas"},
     "bench.fingerprints": {"torch", "matplotlib", "pandas"},
     "bench.explain_cli": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},

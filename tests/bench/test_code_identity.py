@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.code_identity import SOURCE_ROOT, Source, node_code
-from bench.plan import changed_parts
+from bench.outlook import changed_parts
 
 FILES = {
     "pkg/__init__.py": "",

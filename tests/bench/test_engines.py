@@ -21,7 +21,8 @@ from bench.engines import (
     used_fields,
 )
 from bench.errors import SuiteError, SuiteErrors
-from bench.plan import Node, Plan, build_plan, describe_plan, past_of_record
+from bench.outlook import describe_plan
+from bench.plan import Node, Plan, build_plan, past_of_record
 from bench.suite import Suite, load_suite
 from diffinst.config import SECTIONS
 

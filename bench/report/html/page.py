@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from bench.plan import PlanLine
+from bench.outlook import PlanLine
 from bench.report.build import build_tables
 from bench.report.cells import Record
 from bench.report.conditions import conditions

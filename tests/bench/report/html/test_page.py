@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from report_records import make_grid, make_record
 from report_store import make_results
 
-from bench.plan import Node, PlanLine
+from bench.outlook import PlanLine
+from bench.plan import Node
 from bench.report.build import build_tables
 from bench.report.evidence import EvidenceReader
 from bench.report.html.page import POLICY, ReportInput, build_page, clean, safe_link
