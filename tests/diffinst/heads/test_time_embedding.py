@@ -24,8 +24,11 @@ def test_width_2_is_defined() -> None:
 @pytest.mark.parametrize("dim", [256, 32])
 def test_sinusoid_parity(dim: int) -> None:
     fixture = load_fixture("ops")
-    out = sinusoidal_embedding(torch.from_numpy(fixture["sin_t"]), dim)
-    assert_close(out, torch.from_numpy(fixture[f"sin_dim{dim}"]), rtol=1e-5, atol=1e-6)
+    t = torch.from_numpy(fixture["sin_t"])
+    out = sinusoidal_embedding(t, dim)
+    # Processors differ in the last bit of a frequency, which t multiplies before the sine is taken.
+    allowed = 1e-6 + t.double()[:, None] * torch.finfo(torch.float32).eps
+    assert ((out - torch.from_numpy(fixture[f"sin_dim{dim}"])).abs() <= allowed).all()
 
 
 def test_embedding_parity() -> None:
