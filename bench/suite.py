@@ -68,6 +68,7 @@ _FIELD_NAMES = tuple(
 _AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _COCO_AP_NAMES = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _LVIS_AP_NAMES = ("APr", "APc", "APf")
+_LVIS_COUNT = "num_instances/rare"
 _SCOPES = ("total", "preprocess", "backbone", "head", "masks")
 _KINDS = ("segm", "bbox")
 # Metric -> the setting of `measure` that must be on for it. Which of them a data set has: `metrics_of`.
@@ -77,6 +78,7 @@ METRICS: dict[str, str] = {
     **{f"peak_memory_bytes/{name}": "memory" for name in ("rss", "cuda_allocated", "cuda_reserved")},
     "num_images": "score",
     "num_instances": "score",
+    _LVIS_COUNT: "score",
     "num_parameters": "flops",
     "flops": "flops",
 }
@@ -917,8 +919,9 @@ def is_lvis(data: Mapping[str, Any]) -> bool:
 
 
 def metrics_of(data: Mapping[str, Any]) -> dict[str, str]:
-    """The entries of `METRICS` that exist on a data set: recall is COCO's, precision by frequency is LVIS's."""
-    missing = {f"{kind}/{name}" for kind in _KINDS for name in (_COCO_AP_NAMES if is_lvis(data) else _LVIS_AP_NAMES)}
+    """The entries of `METRICS` that exist on a data set: recall is COCO's, what goes by frequency is LVIS's."""
+    absent = _COCO_AP_NAMES if is_lvis(data) else _LVIS_AP_NAMES
+    missing = {f"{kind}/{name}" for kind in _KINDS for name in absent} | (set() if is_lvis(data) else {_LVIS_COUNT})
     return {name: setting for name, setting in METRICS.items() if name not in missing}
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 import bench.cli
 import diffinst.cli
+from bench.fingerprints import Fingerprints
 from bench.plan import Plan, build_plan
 from bench.record import RunRecord
 from bench.store import Store
@@ -406,7 +407,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     text += "axes:\n  product:\n    data:\n" + "".join(f"      - {cell}\n" for cell in cells)
     text += "  include:\n" + "".join(f"    - {{data: {cells[0]}, learning_rate: {rate}}}\n" for rate in (0.5, 0.25))
     path.write_text(text)
-    plan = build_plan(load_suite(path), data_root=root, device="cpu")
+    # With what the files hold, as run-suite plans: else the ids, and so the folders, are others than those of the run.
+    plan = build_plan(load_suite(path), data_root=root, device="cpu", contents=Fingerprints())
     results = root / "results"
     for fault in ("truncated checkpoint", "another model's checkpoint"):
         folder = Store(results).folder(_cell(plan, fault).nodes["train"])

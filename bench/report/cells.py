@@ -105,7 +105,7 @@ def varying_axes(records: Sequence[Record]) -> list[str]:
 
 
 def latest(records: Sequence[Record]) -> tuple[list[Record], int]:
-    """One record per cell: of several with the same axes, seeds included, the one that started last.
+    """One record per cell: of several with the same axes, seeds included, the one that ended last.
 
     Such records come from two versions of a suite, or of the code; averaging them would mix two experiments.
 

@@ -406,7 +406,7 @@ def test_what_may_differ_is_noted() -> None:
 
 def test_each_machine_is_compared_with_itself_and_the_latest_record_counts() -> None:
     fast, slow = (timed_record(machine=name) for name in ("fast", "slow"))
-    old = timed_record(machine="fast", median_s=0.5) | {"started_at": "2020-01-01T00:00:00Z"}
+    old = timed_record(machine="fast", median_s=0.5) | {"finished_at": "2020-01-01T00:00:00Z"}
     found = compare([fast, slow], [slow, old, fast], LATENCY)
     assert [(row.machine, row.outcome) for row in found.rows] == [("fast", Outcome.SAME), ("slow", Outcome.SAME)]
     lost = compare([fast, slow], [fast], LATENCY)

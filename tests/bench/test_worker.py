@@ -235,6 +235,8 @@ def test_lvis_from_its_file_to_its_scores(tmp_path: Path) -> None:
         inputs[node.kind] = Input(node.id, node.kind, folder, node.spec, outputs=outputs)
     metrics = inputs["score"].outputs["metrics"]
     assert set(metrics) == {name for name, needs in metrics_of(cell.config["data"]).items() if needs == "score"}
+    # A cat and two dogs; dogs are rare.
+    assert (metrics["num_instances"]["value"], metrics["num_instances/rare"]["value"]) == (3, 2)
     assert metrics["segm/APf"]["value"] is not None
     assert (metrics["segm/APc"]["value"], metrics["segm/APc"]["reason"]) == (None, "no ground truth of common classes")
     assert set(inputs["score"].outputs["per_class"]["bbox/AP"]) == {"dog", "cat"}

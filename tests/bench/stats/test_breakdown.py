@@ -213,9 +213,8 @@ def _random_boxes(generator: np.random.Generator) -> tuple[dict, list[dict], lis
         scores = generator.random(boxes["found"]).round(1).tolist()
         crowd = [int(value) for value in generator.random(boxes["truth"]) < 0.2]
         for box, label, is_crowd in zip(drawn["truth"], labels["truth"], crowd):
-            content["annotations"].append(
-                {"image_id": image, "category_id": label, "bbox": [float(v) for v in box], "iscrowd": is_crowd}
-            )
+            place = {"bbox": [float(v) for v in box], "area": float(box[2] * box[3])}
+            content["annotations"].append({"image_id": image, "category_id": label, "iscrowd": is_crowd, **place})
         for box, label, score in zip(drawn["found"], labels["found"], scores):
             results.append({"image_id": image, "category_id": label, "bbox": [float(v) for v in box], "score": score})
         overlaps = coco_mask.iou(np.array(drawn["found"], float), np.array(drawn["truth"], float), crowd)
