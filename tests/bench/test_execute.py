@@ -192,9 +192,9 @@ def test_a_failure_that_cannot_be_noted_ends_one_run_too(root: Path, monkeypatch
     monkeypatch.setattr(Store, "note_failure", refuse)
     outcome = run(make_plan(accidents={1: "exit"}), root)
     assert (outcome.exit_code, outcome.failed, len(outcome.ok)) == (1, [f"{1:016x}"], 3)
-    assert record(root, outcome, f"{1:016x}")["reason"] == "predict: ended with exit code 3"
+    assert record(root, outcome, f"{1:016x}")["reason"] == "predict: ended with exit code 3 and no result"
     screen = (root.parent / "screen.txt").read_text().splitlines()
-    (place,) = (i for i, line in enumerate(screen) if "ended with exit code 3 (log:" in line)
+    (place,) = (i for i, line in enumerate(screen) if "ended with exit code 3 and no result (log:" in line)
     assert (
         "why is not noted for next time: predict-0000000000000001/failure.txt: cannot be written" in screen[place + 1]
     )
