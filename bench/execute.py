@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.display import Display
-from bench.errors import BenchError
+from bench.errors import BenchError, StoreError
 from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, environment_id, machine_environment
 from bench.measure.packages import packages_lock
 from bench.measure.source import private_reason, source_state
@@ -374,8 +374,11 @@ class _Runner:
             environment = self._environment | ended.environment
             failure = Failure(node.id, reason, category, _log_tail(log, log_start), run, environment)
             self.outcome.failures[node.id] = failure
-            self._store.note_failure(node.id, failure.reason)
             display.node_finished(f"failed: {reason.removeprefix(f'{node.kind}: ')} (log: {log})", failed=True)
+            try:
+                self._store.note_failure(node.id, failure.reason)
+            except StoreError as error:  # the reason is known, and goes into the records if they can be written
+                display.line(f"why is not noted for next time: {error}", "yellow")
 
     def _job(self, node: Node, folder: Path, log: Path) -> dict[str, Any]:
         inputs = []

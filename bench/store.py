@@ -217,7 +217,7 @@ class Store:
             self._check_writable()
             _remove_temporary(self.root, "[!.]*/*/")
             _remove_temporary(self.root, "[!.]*/*/history/")
-            for folder in self._provenance_folders():
+            for folder in (self.nodes_folder, self.nodes_folder / "code", *self._provenance_folders()):
                 _remove_temporary(folder)
             yield
         finally:
@@ -331,10 +331,17 @@ class Store:
     # -- code ---------------------------------------------------------------------------------------------------------
 
     def keep_code(self, digest: str, parts: Mapping[str, str]) -> None:
-        """Remember what a digest of code stands for, to tell later what has changed."""
+        """Remember what a digest of code stands for, to tell later what has changed.
+
+        Raises:
+            StoreError: the folder cannot be written to.
+        """
         path = self._code_path(digest)
         if digest and not path.exists():
-            path.parent.mkdir(exist_ok=True)
+            try:
+                path.parent.mkdir(exist_ok=True)
+            except OSError as error:
+                raise _unusable(path.parent, error) from error
             write_atomic(path, dump_json(dict(parts)))
 
     def code_parts(self, digest: str) -> dict[str, str]:

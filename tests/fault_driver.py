@@ -9,6 +9,7 @@ command runs undisturbed. One JSON line for each job says what was found; the fi
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,9 @@ import bench.cli
 import bench.execute
 import bench.server
 from bench.errors import BenchError
+from bench.measure.environment import machine_environment
+from bench.measure.packages import packages_lock
+from bench.measure.source import Source
 from bench.plan import build_plan
 from bench.record import load_record
 from bench.server import Input, Job
@@ -110,6 +115,9 @@ def run_command(folder: Path, strike: Strike | None, delay_s: float | None = Non
             if strike is not None:
                 install(Strike(strike.action, strike.at, strike.root, strike.journal, os.getpid()))
             code = COMMAND(folder)
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -256,8 +264,12 @@ COMMAND = run_suite
 
 def main(root: Path, which: str) -> None:
     global COMMAND
-    facts = bench.execute.machine_environment()
-    bench.execute.machine_environment = lambda: facts  # asks several programs, each time
+    # What asks several programs each time; a patch, whatever the state of this checkout, so that one has to be kept.
+    source, lock = Source("0" * 40, dirty=True, patch=b"a patch\n"), packages_lock()
+    facts = machine_environment(source)
+    bench.execute.source_state = lambda: source
+    bench.execute.packages_lock = lambda: lock
+    bench.execute.machine_environment = lambda _source=None: copy.deepcopy(facts)
     bench.execute.subprocess = SimpleNamespace(  # type: ignore[assignment]
         Popen=ForkedWorker, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,8 +14,14 @@ from bench.report.metrics import axis_label, axis_text
 _MAX_OPTIONS = 3  # of a peer, that are written out; its record has all
 
 
-def conditions(records: Sequence[Record]) -> tuple[str, ...]:
-    """Suite, data, model, fixed settings, machine, software; what differs between the records is listed, not hidden."""
+def conditions(records: Sequence[Record], metrics: Iterable[str]) -> tuple[str, ...]:
+    """Suite, data, model, fixed settings, machine, software; what differs between the records is listed, not hidden.
+
+    Args:
+        metrics: names of what is shown. How many timed images were disturbed is told beside times alone: it is another
+            number each time, and scores that are the same bytes stay so.
+    """
+    is_timed = any(name.startswith("latency_s") for name in metrics)
     counts = _image_counts(records)
     phrases = [
         _each(records, "suite", lambda record: record.get("suite")),
@@ -23,7 +29,7 @@ def conditions(records: Sequence[Record]) -> tuple[str, ...]:
         _each(records, "", _model),
         _each(records, "", _training),
         *_fixed_axes(records),
-        describe_samples(records),
+        describe_samples(records) if is_timed else "",
         _each(records, "", _machine),
         _each(records, "", _software),
         _each(records, "environment", lambda record: record.get("environment_id")),

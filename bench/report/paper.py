@@ -194,7 +194,7 @@ def layout_table(table: PaperTable, folder: Path, *, explained: bool = False) ->
         tuple(columns),
         tuple(body),
         1,
-        conditions=conditions(records) if records else (),
+        conditions=conditions(records, [table.metric]) if records else (),
         notes=tuple(notes),
     )
 

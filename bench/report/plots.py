@@ -292,7 +292,7 @@ def _caption(records: Sequence[Record], x: str, y: str, x_is_metric: bool, along
         lines.append(f"Numbers at the points: {along}.")
     if any(value_of(cell, y).spread for cell in group_by(records, varying_axes(records)).values()):
         lines.append("Vertical bars: standard deviation over seeds.")
-    lines.append(" · ".join(conditions(records)))
+    lines.append(" · ".join(conditions(records, [x, y])))
     return "\n".join(line for line in lines if line)
 
 

@@ -153,7 +153,7 @@ def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: st
         rows=tuple(body),
         num_keys=len(key_columns),
         column_axis=axis_label(columns),
-        conditions=conditions(records),
+        conditions=conditions(records, [metric]),
         notes=(
             *_notes(records, [metric], list(values.values()), best, quantiles=False),
             *(("· not in the suite.",) if len(groups) < full else ()),
@@ -190,7 +190,7 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
         columns=(*(_key_column(name, records) for name in axes), *metric_columns),
         rows=tuple(body),
         num_keys=len(axes),
-        conditions=conditions(records),
+        conditions=conditions(records, names),
         notes=_notes(records, names, list(values.values()), best, quantiles=True),
     )
 

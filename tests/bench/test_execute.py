@@ -185,6 +185,21 @@ def test_evaluators_that_disagree_fail_the_run_and_are_nobodys_mistake(root: Pat
     assert failed["reason"] == "predict: two evaluators disagree on segm/AP: 0.5 and 0.6"
 
 
+def test_a_failure_that_cannot_be_noted_ends_one_run_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_store: Store, node_id: str, _reason: str) -> None:
+        raise StoreError(f"{node_id}/failure.txt: cannot be written")
+
+    monkeypatch.setattr(Store, "note_failure", refuse)
+    outcome = run(make_plan(accidents={1: "exit"}), root)
+    assert (outcome.exit_code, outcome.failed, len(outcome.ok)) == (1, [f"{1:016x}"], 3)
+    assert record(root, outcome, f"{1:016x}")["reason"] == "predict: ended with exit code 3 and no result"
+    screen = (root.parent / "screen.txt").read_text().splitlines()
+    (place,) = (i for i, line in enumerate(screen) if "ended with exit code 3 and no result (log:" in line)
+    assert (
+        "why is not noted for next time: predict-0000000000000001/failure.txt: cannot be written" in screen[place + 1]
+    )
+
+
 def test_a_failure_ends_one_run(root: Path) -> None:
     outcome = run(make_plan(accidents={1: "exit"}), root)
     assert outcome.exit_code == 1

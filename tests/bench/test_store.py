@@ -249,6 +249,23 @@ def test_what_a_kill_left_of_them_is_removed(store: Store) -> None:
         assert [path.name for path in folder.iterdir()] == ["ab.patch"]
 
 
+def test_what_a_digest_of_code_stands_for(store: Store) -> None:
+    with store.lock():
+        store.keep_code("ab", {"bench.x:f": "cd"})
+    assert store.code_parts("ab") == {"bench.x:f": "cd"}
+    leftover = store.nodes_folder / "code/.cd.json.x.tmp"
+    leftover.write_text("half")
+    with store.lock():
+        assert [path.name for path in leftover.parent.iterdir()] == ["ab.json"]
+
+
+def test_a_place_for_code_that_cannot_be_made_is_one_line(store: Store) -> None:
+    with store.lock():
+        (store.nodes_folder / "code").write_text("in the way")
+        with pytest.raises(StoreError, match="code: cannot be written: a file stands where a folder is needed"):
+            store.keep_code("ab", {})
+
+
 @pytest.mark.parametrize("link", [".store", "suite", "suite/machine", "suite/machine/history", ".store/train-1"])
 def test_no_link_leads_out_of_the_results_folder(tmp_path: Path, link: str) -> None:
     store, outside = Store(tmp_path / "results"), tmp_path / "outside"

@@ -162,10 +162,10 @@ def test_reports_show_the_engines_and_what_is_missing(
     text = to_markdown(long_table(rows))
     assert "detectron2:mode=mistake" in text
     assert "'gone.safetensors' does not exist" in text
-    phrases = conditions(rows[:2])
+    phrases = conditions(rows[:2], [])
     assert "torchvision maskrcnn_tiny_fpn / detectron2 mask_rcnn_R_50_FPN_3x" in phrases
-    assert conditions([rows[GIVEN]])[3] == "weights from a file"
-    (software,) = (phrase for phrase in conditions(rows[:2]) if phrase.startswith("torch "))
+    assert conditions([rows[GIVEN]], [])[3] == "weights from a file"
+    (software,) = (phrase for phrase in conditions(rows[:2], []) if phrase.startswith("torch "))
     assert software.endswith(" / torch 2.1")
 
 

@@ -86,7 +86,7 @@ def chart_view(records: Sequence[Record], spec: Mapping[str, Any]) -> ChartView:
         first = first or series
         panels.append((panel.title, draw(_chart(plot, panel, series))))
     # The conditions stand once on the page.
-    notes = [line for line in plot.caption.splitlines() if line != " · ".join(conditions(records))]
+    notes = [line for line in plot.caption.splitlines() if line != " · ".join(conditions(records, [x, y]))]
     if crowded:
         notes = [note for note in notes if not note.startswith(("Horizontal bars", "Vertical bars"))]
         notes.append("So many points are drawn without bars; the tables have their intervals.")

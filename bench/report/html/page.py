@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bench.outlook import PlanLine
 from bench.report.build import build_tables
-from bench.report.cells import Record
+from bench.report.cells import Record, metric_names
 from bench.report.conditions import conditions
 from bench.report.evidence import EvidenceReader
 from bench.report.html import views
@@ -82,7 +82,7 @@ def build_page(content: ReportInput) -> Page:
         suite=content.suite,
         description=content.description,
         machine=content.machine,
-        conditions=conditions(records),
+        conditions=conditions(records, metric_names(records)),
         notes=content.notes,
         counts=[(name, STATE_MARK[name], sum(state.state == name for state in content.states)) for name in CELL_STATES],
         rows=views.state_rows(content.states, metric),

@@ -7,10 +7,12 @@ from report_records import make_record
 
 import bench.report.conditions
 from bench.report.conditions import conditions
+from bench.report.plots import build_plot
+from bench.report.tables import grid_table, long_table, to_markdown
 
 
 def data_of(*records: dict[str, Any]) -> list[str]:
-    return [phrase for phrase in conditions(records) if phrase.startswith("data ")]
+    return [phrase for phrase in conditions(records, []) if phrase.startswith("data ")]
 
 
 def on(dataset: str, images: int | None, record: dict[str, Any] | None = None, **data: Any) -> dict[str, Any]:
@@ -58,30 +60,49 @@ def test_what_differs_is_listed_and_an_axis_is_no_condition() -> None:
 
 def test_a_gpu_stands_before_the_cpu() -> None:
     record = make_record()
-    assert "Example CPU 9000, 2 cores" in conditions([record])
+    assert "Example CPU 9000, 2 cores" in conditions([record], ["segm/AP"])
     record["environment"]["process"] = {"device": "cuda", "device_name": "Example GPU"}
-    assert "Example GPU (Example CPU 9000, 2 cores)" in conditions([record])
+    assert "Example GPU (Example CPU 9000, 2 cores)" in conditions([record], ["segm/AP"])
 
 
 def test_the_environment_and_how_repeatable_it_is_are_told() -> None:
     record = make_record()
-    older = conditions([record])
+    older = conditions([record], ["segm/AP"])
     assert not any(phrase.startswith("environment") or "repeatable" in phrase for phrase in older)
     levels = {"train": {"determinism": {"level": "bitwise"}}, "predict": {"determinism": {"level": "not bitwise"}}}
     record["environment_id"] = "00112233445566aa"
     record["environment"]["conditions"] = levels | {"latency": {}}
-    assert {"environment 00112233445566aa", "not bitwise repeatable"} <= set(conditions([record]))
+    assert {"environment 00112233445566aa", "not bitwise repeatable"} <= set(conditions([record], ["segm/AP"]))
     levels["predict"]["determinism"]["level"] = "bitwise"
-    assert "bitwise repeatable" in conditions([record])
+    assert "bitwise repeatable" in conditions([record], ["segm/AP"])
     levels["train"]["determinism"]["level"] = "unknown"
-    assert not any("repeatable" in phrase for phrase in conditions([record]))
+    assert not any("repeatable" in phrase for phrase in conditions([record], ["segm/AP"]))
 
 
 def test_how_many_timed_images_were_disturbed_is_a_condition() -> None:
     records = [make_record(), make_record(2)]
-    assert not [phrase for phrase in conditions(records) if "timed images" in phrase]  # nobody looked
+    assert not [
+        phrase for phrase in conditions(records, ["latency_s/total"]) if "timed images" in phrase
+    ]  # nobody looked
     marks = {"contended": {"samples": [0, 2], "reason": None}, "throttled": {"samples": None, "reason": "no GPU"}}
     for record in records:
         record["samples"] = {"latency_s": {"total": [0.1, 0.1, 0.11]}}
         record["sample_marks"] = {"latency_s": marks}
-    assert "6 timed images, 4 contended, throttled not told, 0 outliers" in conditions(records)
+    assert "6 timed images, 4 contended, throttled not told, 0 outliers" in conditions(
+        records, ["segm/AP", "latency_s/total"]
+    )
+
+
+def test_scores_stay_the_same_bytes_however_disturbed_the_times_were() -> None:
+    def reports(contended: list[int], metric: str) -> tuple[str, str, str]:
+        records = [make_record(), make_record(2)]
+        for record in records:
+            record["samples"] = {"latency_s": {"total": [0.1, 0.1, 0.11]}}
+            record["sample_marks"] = {"latency_s": {"contended": {"samples": contended, "reason": None}}}
+        grid = grid_table(records, rows="sampling_steps", columns="seed", metric=metric)
+        plot = build_plot(records, x="sampling_steps", y=metric)
+        return to_markdown(long_table(records, metrics=[metric])), to_markdown(grid), plot.caption
+
+    assert reports([0], "segm/AP") == reports([1, 2], "segm/AP")
+    for found, other in zip(reports([0], "latency_s/total"), reports([1, 2], "latency_s/total")):
+        assert found != other
