@@ -150,7 +150,8 @@ def value_of(records: Sequence[Record], metric: str) -> Value:
     measured = [(record, number) for record in records if (number := _number(record, metric)) is not None]
     numbers = [number for _, number in measured]
     if numbers:
-        apart = why_not_together([record for record, _ in measured]) if is_score(metric) else None
+        several = len(measured) > 1
+        apart = why_not_together([record for record, _ in measured]) if several and is_score(metric) else None
         if apart:
             return Value("incomparable", total=len(records), reason=apart)
         half, over = _interval(records, metric)
@@ -167,12 +168,27 @@ def value_of(records: Sequence[Record], metric: str) -> Value:
             over=over,
         )
     # With nothing measured, the gravest state speaks for the cell.
-    for state in STATES:
-        for record in records:
-            status = record.get("status", "missing")
-            if state == status or (state == "unmeasured" and status == "ok"):
-                return Value(state, total=len(records), reason=_reason(record, metric))
-    raise ValueError(f"record {records[0].get('run_id')}: unknown status {records[0].get('status')!r}")
+    states = [absence_of(record) for record in records]
+    first = min(range(len(records)), key=lambda index: STATES.index(states[index]))
+    return Value(states[first], total=len(records), reason=reason_of_absence(records[first], metric))
+
+
+def is_measured(record: Record, metric: str) -> bool:
+    """Does a record have a number for `metric`?"""
+    return _number(record, metric) is not None
+
+
+def absence_of(record: Record) -> State:
+    """The state of a record's metric that has no number.
+
+    Raises:
+        ValueError: the record's status is none that records have.
+    """
+    status = record.get("status", "missing")
+    state: State = "unmeasured" if status == "ok" else status
+    if state not in STATES:
+        raise ValueError(f"record {record.get('run_id')}: unknown status {status!r}")
+    return state
 
 
 def is_score(metric: str) -> bool:
@@ -196,6 +212,8 @@ def _interval(records: Sequence[Record], metric: str) -> tuple[float | None, tup
     their number, and that of the seeds (`seed_parts`). Few seeds are paid for by Student's t, its degrees of freedom
     put together after Welch and Satterthwaite.
     """
+    if all(record.get("metrics", {}).get(metric, {}).get("standard_error") is None for record in records):
+        return None, ()  # times and sizes, and scores from before there were errors: most of a large table
     runs = runs_of(records, metric)
     errors = [record["metrics"][metric].get("standard_error") for record, _ in runs.values()]
     if not errors or any(error is None for error in errors):
@@ -222,7 +240,8 @@ def _number(record: Record, metric: str) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _reason(record: Record, metric: str) -> str:
+def reason_of_absence(record: Record, metric: str) -> str:
+    """Why a record has no number for `metric`, in one line."""
     entry = record.get("metrics", {}).get(metric, {})
     text = entry.get("reason") if record.get("status") == "ok" else record.get("reason")
     lines = str(text or "").strip().splitlines()

@@ -22,12 +22,15 @@ from bench.report.cells import (
     Record,
     State,
     Value,
+    absence_of,
     axis_value,
     bare,
     group_by,
+    is_measured,
     is_score,
     metric_names,
     ordered,
+    reason_of_absence,
     unit_of,
     value_of,
     varying_axes,
@@ -464,18 +467,17 @@ def _is_lvis(record: Record) -> bool:
 def absences(records: Sequence[Record], metrics: Sequence[str]) -> tuple[str, ...]:
     """One line per state and reason: which runs have no number for the metrics, and why."""
     axes = [*varying_axes(records), *REPEAT_AXES]
-    found: dict[tuple[State, str], list[str]] = {}
-    for state in STATES:
-        for record in records:
-            for name in metrics:
-                value = value_of([record], name)
-                if value.state == state:
-                    label = style_of(name).label if state == "unmeasured" else _cell_label(record, axes, records)
-                    labels = found.setdefault((state, value.reason), [])
-                    if label not in labels:
-                        labels.append(label)
+    absent: dict[tuple[State, str], dict[str, None]] = {}
+    for record in records:
+        for name in metrics:
+            if not is_measured(record, name):
+                state = absence_of(record)
+                label = style_of(name).label if state == "unmeasured" else _cell_label(record, axes, records)
+                absent.setdefault((state, reason_of_absence(record, name)), {})[label] = None
+    found = sorted(absent.items(), key=lambda item: STATES.index(item[0][0]))
     lines = []
-    for (state, reason), labels in list(found.items())[:_MAX_REASONS]:
+    for (state, reason), names in found[:_MAX_REASONS]:
+        labels = list(names)
         shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
         lines.append(f"{_MARKS[state]} {STATE_TEXT[state]}: {shown}: {_short(reason)}")
     if len(found) > _MAX_REASONS:
