@@ -148,11 +148,13 @@ def _software(record: Record) -> str | None:
 
 
 def _determinism(record: Record) -> str | None:
-    """'bitwise', or the least that one of its nodes is; None for records from before it was noted."""
+    """That a run would not give the same bits again, where one of its nodes saw so; else None."""
     nodes = record.get("environment", {}).get("conditions", {})
     levels = {node["determinism"]["level"] for node in nodes.values() if "determinism" in node}
     found = next((level for level in ("not bitwise", "unknown", "bitwise") if level in levels), None)
-    return {"not bitwise": "not bitwise repeatable", "bitwise": "bitwise repeatable"}.get(str(found))
+    # The warning only: a training that is resumed after its last iteration cannot tell that it was repeatable, and a
+    # caption must not depend on when a run was interrupted.
+    return "not bitwise repeatable" if found == "not bitwise" else None
 
 
 def _commit(record: Record) -> str | None:
