@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.errors import RecordError, StoreError, SuiteError
+from bench.errors import RecordError, SuiteError
 from bench.fingerprints import fingerprints_for, save_if_possible
 from bench.outlook import PlanLine, describe_plan, duration_text, total_s
 from bench.plan import PastNode, Plan, build_plan, needed_nodes, past_of_record
@@ -195,12 +195,8 @@ def _past_nodes(store: Store) -> list[PastNode]:
 
     What is damaged is no basis for an estimate; nor is the last part of a node that was resumed.
     """
-    found = []
     parts = functools.cache(store.code_parts)
-    for path in sorted(store.nodes_folder.glob("*/done.json")):
-        with contextlib.suppress(StoreError):
-            if (done := store.result(path.parent.name)) is not None:
-                found.append(past_of_result(done, parts(done.code)))
+    found = [past_of_result(done, parts(done.code)) for done in store.results()]
     paths = sorted(store.root.glob("[!.]*/*/*.json"))
     if not paths:
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,16 +133,8 @@ def _data_fields() -> Mapping[str, Any]:
 
 
 def _stored_nodes(store: Store) -> list[tuple[NodeResult, PastNode]]:
-    found = []
-    for path in sorted(store.nodes_folder.glob("*/done.json")):
-        try:
-            done = store.result(path.parent.name)
-        except BenchError:
-            continue  # damaged: it is no basis for an explanation, and running again tells
-        if done is not None:
-            parts = store.code_parts(done.code)
-            found.append((done, past_of_result(done, parts)))
-    return found
+    parts = cache(store.code_parts)
+    return [(done, past_of_result(done, parts(done.code))) for done in store.results()]
 
 
 def _records(store: Store, suite: str, run_id: str) -> Iterator[tuple[Path, RunRecord]]:

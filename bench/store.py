@@ -328,6 +328,13 @@ class Store:
             write_atomic(path, dump_json(content))
         return folder
 
+    def results(self) -> Iterator[NodeResult]:
+        """All complete results, by id; what is damaged is left out, as running its node again tells of it."""
+        for path in sorted(self.nodes_folder.glob("*/done.json")):
+            with contextlib.suppress(StoreError):
+                if (done := self.result(path.parent.name)) is not None:
+                    yield done
+
     # -- code ---------------------------------------------------------------------------------------------------------
 
     def keep_code(self, digest: str, parts: Mapping[str, str]) -> None:
