@@ -54,6 +54,7 @@ _MARKER_SIZES = {"o": 6.8, "s": 6.2, "^": 7.8, "D": 5.8, "v": 7.8, "P": 7.6, "X"
 _INK, _GREY, _LIGHT, _SHADE = "#1F2328", "#59636E", "#DDE2E8", "#F3F5F8"
 _BAND_STEP = 0.06  # height of one mark in the band of absent cells, as a share of the axes
 _MAX_PANELS = 12
+_ASIDE = 5.0  # points between the bars of two lines at one value of an axis
 
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -90,6 +91,11 @@ class Point:
     step: Any = None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def bar(self) -> float:
+        """Half the vertical bar: of the 95 % interval where there is one, else the deviation over seeds; 0 for none."""
+        return self.y.half or self.y.spread or 0.0
 
 
 @dataclass(frozen=True)
@@ -290,10 +296,21 @@ def _caption(records: Sequence[Record], x: str, y: str, x_is_metric: bool, along
         lines.append("Horizontal bars: 5th to 95th percentile.")
     if x_is_metric and along:
         lines.append(f"Numbers at the points: {along}.")
-    if any(value_of(cell, y).spread for cell in group_by(records, varying_axes(records)).values()):
-        lines.append("Vertical bars: standard deviation over seeds.")
+    lines += _bars_text([value_of(cell, y) for cell in group_by(records, varying_axes(records)).values()])
     lines.append(" · ".join(conditions(records, [x, y])))
     return "\n".join(line for line in lines if line)
+
+
+def _bars_text(values: Sequence[Value]) -> list[str]:
+    """What the vertical bars are."""
+    over = list(dict.fromkeys(value.over for value in values if value.half))
+    texts = []
+    if over:
+        of = f" over {' and '.join(over[0])}" if len(over) == 1 else ""
+        texts.append(f"95 % interval{of}, of each value alone (tables compare on the same images)")
+    if any(value.spread and not value.half for value in values):
+        texts.append("standard deviation over seeds" + (" where there is no interval" if over else ""))
+    return [f"Vertical bars: {'; '.join(texts)}."] if texts else []
 
 
 def _capital(text: str) -> str:
@@ -427,8 +444,11 @@ def _draw_panel(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]) ->
     _scale_axes(axes, plot)
     if plot.x_is_metric and not plot.falling_y:
         _shade_front(axes, panel)
+    has_bars = any(point.bar for line in panel.lines for point in line.points)
     for i, line in enumerate(panel.lines):
-        _draw_line(axes, plot, line, colours[i], _MARKERS[i % len(_MARKERS)])
+        # Values of an axis are shared by all lines: side by side, their bars can be told apart.
+        aside = (i - (len(panel.lines) - 1) / 2) * _ASIDE if has_bars and not plot.x_is_metric else 0.0
+        _draw_line(axes, plot, line, colours[i], _MARKERS[i % len(_MARKERS)], aside)
     _annotate_steps(axes, plot, panel, colours)
     if not plot.x_is_metric:
         _mark_absent(axes, panel, colours)
@@ -489,9 +509,8 @@ def _scale_axes(axes: Axes, plot: Plot) -> None:
         else:
             axes.set_xlim(0, max(ends) * 1.06)
     if ys:
-        spreads = [point.y.spread or 0.0 for point in shown]
-        low = min(y - spread for y, spread in zip(ys, spreads))
-        high = max(y + spread for y, spread in zip(ys, spreads))
+        low = min(y - point.bar for y, point in zip(ys, shown))
+        high = max(y + point.bar for y, point in zip(ys, shown))
         # Differences below a twentieth, or below one point of AP, are not blown up to the whole height.
         room = max(high - low, abs(high) * 0.05, 1.0 if plot.y_style.scale == 100 else 0.0) or 1.0
         band = _band_height(plot.panels) if not plot.x_is_metric else 0.0
@@ -522,12 +541,17 @@ def _pad_x(axes: Axes, values: Sequence[float], log: bool, *, share: float) -> N
         axes.set_xlim(low - room, high + room)
 
 
-def _draw_line(axes: Axes, plot: Plot, line: Line, colour: str, marker: str) -> None:
+def _draw_line(axes: Axes, plot: Plot, line: Line, colour: str, marker: str, aside: float) -> None:
+    """aside: points of the page by which the whole line is moved to the right."""
+    from matplotlib.transforms import ScaledTranslation
+
+    assert axes.figure is not None
+    moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     # A point without a number breaks the line: nothing is drawn over what was not measured.
     shown = [(point.x, point.y.mean) if _is_shown(point) else (math.nan, math.nan) for point in line.points]
     xs, ys = [x or 0.0 for x, _ in shown], [y or 0.0 for _, y in shown]
     # Between names there is nothing to interpolate: a faint line only guides the eye.
-    axes.plot(xs, ys, color=colour, linewidth=1.8, alpha=0.25 if plot.x_is_names else 1, zorder=3)
+    axes.plot(xs, ys, color=colour, linewidth=1.8, alpha=0.25 if plot.x_is_names else 1, zorder=3, transform=moved)
     size = _MARKER_SIZES[marker]
     axes.plot(
         xs,
@@ -539,15 +563,16 @@ def _draw_line(axes: Axes, plot: Plot, line: Line, colour: str, marker: str) -> 
         markeredgecolor="white",
         zorder=4,
         clip_on=False,
+        transform=moved,
     )
     for point in line.points:
         if point.x is None or point.y.mean is None:
             continue
         if plot.x_is_metric and point.low is not None and point.high is not None:
             axes.plot([point.low, point.high], [point.y.mean] * 2, color=colour, alpha=0.35, linewidth=2.4, zorder=2)
-        if point.y.spread:
-            spread = [point.y.spread]
-            axes.errorbar([point.x], [point.y.mean], spread, fmt="none", color=colour, capsize=2.5, lw=1.2, zorder=3)
+        if point.bar:
+            look: dict[str, Any] = {"color": colour, "alpha": 0.55, "capsize": 2.5, "lw": 1.2, "zorder": 2}
+            axes.errorbar([point.x], [point.y.mean], [point.bar], fmt="none", transform=moved, **look)
 
 
 def _annotate_steps(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]) -> None:

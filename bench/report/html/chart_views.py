@@ -11,7 +11,7 @@ from markupsafe import Markup
 from bench.report.cells import STATE_TEXT, STATES, Record, State, bare, metric_names, value_of, varying_axes
 from bench.report.conditions import conditions
 from bench.report.html.charts import Absence, Chart, Mark, Series, draw, series_colours, swatch, thinned
-from bench.report.html.views import Z_95, main_metric
+from bench.report.html.views import main_metric
 from bench.report.metrics import axis_label, axis_text
 from bench.report.plots import Line, Panel, Plot, Point, build_plot, pareto_front
 
@@ -74,15 +74,11 @@ def chart_view(records: Sequence[Record], spec: Mapping[str, Any]) -> ChartView:
     arguments: dict[str, Any] = {"x": x, "y": y, "lines": spec.get("lines"), "title": spec.get("title")}
     plot = build_plot(records, **arguments)
     crowded = sum(len(line.points) for panel in plot.panels for line in panel.lines) > _MAX_WITH_BARS
-    ends = [] if crowded else [build_plot(moved, **arguments) for moved in _shifted(records, y)]
     colours = series_colours(len(plot.panels[0].lines) if plot.panels else 0, ordered=plot.lines_ordered)
     panels: list[tuple[str, Markup]] = []
     first: tuple[Series, ...] = ()
-    for number, panel in enumerate(plot.panels):
-        series = tuple(
-            _series(plot, line, colours[i], i, [end.panels[number].lines[i] for end in ends], with_bars=not crowded)
-            for i, line in enumerate(panel.lines)
-        )
+    for panel in plot.panels:
+        series = tuple(_series(plot, line, colours[i], i, with_bars=not crowded) for i, line in enumerate(panel.lines))
         first = first or series
         panels.append((panel.title, draw(_chart(plot, panel, series))))
     # The conditions stand once on the page.
@@ -90,29 +86,12 @@ def chart_view(records: Sequence[Record], spec: Mapping[str, Any]) -> ChartView:
     if crowded:
         notes = [note for note in notes if not note.startswith(("Horizontal bars", "Vertical bars"))]
         notes.append("So many points are drawn without bars; the tables have their intervals.")
-    elif ends:
-        notes.insert(0, "Vertical bars without seeds: 95 % intervals over images.")
     if plot.x_is_metric and not plot.falling_y and any(len(_front(panel)) > 1 for panel in plot.panels):
         notes.insert(0, "The stair is the Pareto front: right of and below it, a cell costs more and is no better.")
     absent = {point.y.state for panel in plot.panels for line in panel.lines for point in line.points}
     notes += [f"{_SYMBOLS[state]} {STATE_TEXT[state]}" for state in STATES if state in absent and not plot.x_is_metric]
     legend = tuple((swatch(entry), entry.label) for entry in first) if plot.lines_label else ()
     return ChartView(plot.title, tuple(panels), plot.lines_label, legend, tuple(notes))
-
-
-def _shifted(records: Sequence[Record], metric: str) -> list[list[Record]]:
-    """The records with the lower and with the upper end of the interval in place of the value; [] without any."""
-    if all(record.get("metrics", {}).get(metric, {}).get("standard_error") is None for record in records):
-        return []
-
-    def moved(record: Record, sign: float) -> Record:
-        entry = record.get("metrics", {}).get(metric, {})
-        if entry.get("value") is None or entry.get("standard_error") is None:
-            return record
-        value = entry["value"] + sign * Z_95 * entry["standard_error"]
-        return {**record, "metrics": {**record["metrics"], metric: {**entry, "value": value}}}
-
-    return [[moved(record, sign) for record in records] for sign in (-1, 1)]
 
 
 def _chart(plot: Plot, panel: Panel, series: tuple[Series, ...]) -> Chart:
@@ -139,10 +118,10 @@ def _front(panel: Panel) -> list[tuple[float, float]]:
     )
 
 
-def _series(plot: Plot, line: Line, colour: str, shape: int, ends: Sequence[Line], *, with_bars: bool) -> Series:
+def _series(plot: Plot, line: Line, colour: str, shape: int, *, with_bars: bool) -> Series:
     marks: list[Mark | None] = []
     absences = []
-    for position, point in enumerate(line.points):
+    for point in line.points:
         name = f"{plot.lines_label} {line.label}, " if plot.lines_label else ""
         if point.x is None or point.y.mean is None:
             marks.append(None)
@@ -151,17 +130,15 @@ def _series(plot: Plot, line: Line, colour: str, shape: int, ends: Sequence[Line
                 absences.append(Absence(point.x, _SYMBOLS[point.y.state], f"{text}: {point.y.reason}".rstrip(": ")))
             continue
         low = high = None
-        if point.y.spread:
-            low, high = point.y.mean - point.y.spread, point.y.mean + point.y.spread
-        elif len(ends) == 2:
-            low, high = (end.points[position].y.mean for end in ends)
+        if point.bar:
+            low, high = point.y.mean - point.bar, point.y.mean + point.bar
         marks.append(
             Mark(
                 point.x,
                 point.y.mean,
                 name + _point_text(plot, point, low, high),
-                low if with_bars and low != high else None,
-                high if with_bars and low != high else None,
+                low if with_bars else None,
+                high if with_bars else None,
                 point.low if with_bars else None,
                 point.high if with_bars else None,
                 axis_text(point.step) if plot.along_label else "",
@@ -175,7 +152,7 @@ def _point_text(plot: Plot, point: Point, low: float | None, high: float | None)
     assert point.y.mean is not None
     digits = plot.y_style.digits
     value = f"{point.y.mean:.{digits}f}"
-    if low is not None and high is not None and low != high:
+    if low is not None and high is not None:
         value += f" ({low:.{digits}f} to {high:.{digits}f})"
     along = f"{plot.along_label} {axis_text(point.step)}, " if plot.along_label else ""
     at = f"{point.x:.4g}" if plot.x_is_metric else axis_text(point.step)

@@ -48,6 +48,26 @@ def test_another_axis_makes_panels_and_seeds_make_deviations() -> None:
     assert "standard deviation over seeds" in plot.caption
 
 
+def test_intervals_of_the_records_are_the_vertical_bars() -> None:
+    records = make_grid()
+    for record in records:
+        if record.get("metrics", {}).get("segm/AP", {}).get("value") is not None:
+            record["metrics"]["segm/AP"]["standard_error"] = 0.02
+    plot = build_plot(records, x="sampling_steps", y="segm/AP", lines="num_proposals")
+    point = plot.panels[0].lines[0].points[0]
+    assert point.bar == pytest.approx(100 * 0.02 * 1.96, rel=1e-4)
+    assert "Vertical bars: 95 % interval over images, of each value alone" in plot.caption
+    assert "standard deviation" not in plot.caption
+    bare = build_plot(make_grid(), x="sampling_steps", y="segm/AP", lines="num_proposals")
+    assert bare.panels[0].lines[0].points[0].bar == 0
+    assert "Vertical bars" not in bare.caption
+    # The axes have room for the bars.
+    shown = [point for line in plot.panels[0].lines for point in line.points if point.y.mean is not None]
+    low, high = _draw(plot).axes[0].get_ylim()
+    assert low < min(point.y.mean - point.bar for point in shown)
+    assert high > max(point.y.mean + point.bar for point in shown)
+
+
 def test_too_many_panels_are_refused_with_a_way_out() -> None:
     records = [make_record(steps, kind=kind) for steps in (1, 2) for kind in range(13)]
     with pytest.raises(ValueError, match="13 panels, one per kind; 12 are allowed"):
