@@ -177,7 +177,7 @@ class TrainConfig(Section):
     schedule_steps: IntTuple = (350_000, 420_000)
     schedule_gamma: Probability = 0.1
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 autocast on a GPU, fp32 on the CPU"
+        default="auto", description="auto: bf16 autocast on a GPU that has bf16 units, else fp32"
     )
     num_train_proposals: PositiveInt = 500
     proposal_padding: Literal["concat", "repeat"] = "concat"

@@ -88,11 +88,15 @@ class DiffusionInst(nn.Module):
         # Convolutions and box pooling are fastest with the channels innermost, on CPUs and GPUs alike.
         images = images.contiguous(memory_format=torch.channels_last)
         pyramid = list(self.fpn(self.backbone(images)).values())
-        return Features(pyramid=pyramid, mask_features=None if self.mask_branch is None else self.mask_branch(pyramid))
+        return Features(
+            pyramid=pyramid,
+            mask_features=None if self.mask_branch is None else self.mask_branch(pyramid),
+            pixel_table=self.box_head.pixel_table(pyramid),
+        )
 
     def denoise(self, features: Features, boxes_xyxy: Tensor, t: Tensor) -> HeadOutput:
         """Predictions of every head stage for noisy boxes (B, N, 4) in pixels at timesteps t (B,)."""
-        output: HeadOutput = self.box_head(features.pyramid, boxes_xyxy, t)
+        output: HeadOutput = self.box_head(features.pyramid, boxes_xyxy, t, features.pixel_table)
         return output
 
     def mask_logits(self, mask_features: Tensor, mask_params: Tensor, image_index: Tensor | None = None) -> Tensor:

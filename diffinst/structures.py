@@ -22,7 +22,10 @@ class FeatureShape(NamedTuple):
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    # Towards the host a copy that is not waited for may be read before it is there.
+    return value.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 class _Movable:
@@ -98,10 +101,12 @@ class Features(_Movable):
 
     pyramid: p2..p5, each (B, C, H/stride, W/stride), strides 4, 8, 16, 32.
     mask_features: (B, Cm, H/4, W/4), None without masks.
+    pixel_table: the pyramid once more, as `diffinst.ops.roi.pool_boxes` may want it; None where it does not.
     """
 
     pyramid: list[Tensor]
     mask_features: Tensor | None = None
+    pixel_table: Tensor | None = None
 
 
 @dataclass

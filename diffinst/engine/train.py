@@ -281,7 +281,7 @@ def training_losses(
     """
     device = images.device
     whwh = whwh.to(device, non_blocking=True)
-    is_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    is_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _has_bf16(device))
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
         features = model.encode(images)
         output = model.denoise(features, boxes_xyxy.to(device, non_blocking=True), t.to(device, non_blocking=True))
@@ -307,6 +307,11 @@ def training_losses(
         focal_alpha=settings.focal_alpha,
         focal_gamma=settings.focal_gamma,
     )
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself; older GPUs only imitate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def diffusion_losses(model: nn.Module, dataset: TrainingData, config: Config) -> LossFunction:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffinst.heads.dynamic_conv import DynamicConv
 from diffinst.heads.time_embedding import TimeEmbedding
 from diffinst.ops.boxes import apply_deltas
-from diffinst.ops.roi import BoxPooling, pool_boxes
+from diffinst.ops.roi import BoxPooling, pixel_table, pool_boxes
 from diffinst.structures import HeadOutput
 
 # The bias that makes every class start at this probability, so that the many negatives do not swamp the focal loss
@@ -85,7 +85,12 @@ class BoxHeadStage(nn.Module):
         self.mask_params = None if num_mask_params is None else nn.Linear(dim, num_mask_params)
 
     def forward(
-        self, pyramid: list[Tensor], boxes_xyxy: Tensor, proposal_features: Tensor | None, time_embedding: Tensor
+        self,
+        pyramid: list[Tensor],
+        boxes_xyxy: Tensor,
+        proposal_features: Tensor | None,
+        time_embedding: Tensor,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """One refinement.
 
@@ -94,6 +99,7 @@ class BoxHeadStage(nn.Module):
             boxes_xyxy: (B, N, 4) pixels.
             proposal_features: (B, N, D) of the stage before, None at the first.
             time_embedding: (B, time_dim).
+            table: `diffinst.ops.roi.pixel_table` of the pyramid; made where needed if not given.
         Returns:
             class_logits (B, N, K), boxes_xyxy (B, N, 4), mask_params (B, N, P) or None, proposal_features (B, N, D);
             the first three in float32.
@@ -106,6 +112,7 @@ class BoxHeadStage(nn.Module):
             resolution=self.pooler_resolution,
             sampling_ratio=self.pooler_sampling_ratio,
             method=self.box_pooling,
+            table=table,
         )  # (B*N, D, r, r)
         if proposal_features is None:
             proposal_features = roi_features.mean(dim=(2, 3)).unflatten(0, (batch, num_proposals))
@@ -153,6 +160,7 @@ class BoxHead(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.box_pooling = box_pooling
         self.time_embedding = TimeEmbedding(dim)
         self.stages = nn.ModuleList(
             BoxHeadStage(
@@ -178,23 +186,30 @@ class BoxHead(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, pyramid: list[Tensor], boxes_xyxy: Tensor, t: Tensor) -> HeadOutput:
+    def pixel_table(self, pyramid: list[Tensor]) -> Tensor | None:
+        """What all calls on one pyramid share, see `diffinst.ops.roi.pixel_table`."""
+        return pixel_table(pyramid, self.box_pooling)
+
+    def forward(self, pyramid: list[Tensor], boxes_xyxy: Tensor, t: Tensor, table: Tensor | None = None) -> HeadOutput:
         """Denoises boxes.
 
         Args:
             pyramid: (B, D, H/s, W/s) per stride s, finest first.
             boxes_xyxy: (B, N, 4) noisy boxes in pixels, on the pyramid's device.
             t: (B,) diffusion timesteps.
+            table: `pixel_table` of the pyramid; made here if not given.
         Returns:
             Predictions of every stage. Boxes pass between stages without gradient, proposal features with it.
         """
         time_embedding = self.time_embedding(t)
         boxes_xyxy = boxes_xyxy.float()
+        if table is None:
+            table = self.pixel_table(pyramid)
         proposal_features: Tensor | None = None
         class_logits, boxes, mask_params = [], [], []
         for stage in self.stages:
             stage_logits, boxes_xyxy, stage_mask_params, proposal_features = stage(
-                pyramid, boxes_xyxy.detach(), proposal_features, time_embedding
+                pyramid, boxes_xyxy.detach(), proposal_features, time_embedding, table
             )
             class_logits.append(stage_logits)
             boxes.append(boxes_xyxy)

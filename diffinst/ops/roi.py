@@ -54,6 +54,23 @@ def assign_levels(
     return levels.clamp(0, num_levels - 1).nan_to_num(0).long()
 
 
+def pixel_table(pyramid: Sequence[Tensor], method: BoxPooling = "auto") -> Tensor | None:
+    """The pyramid as rows of pixels, for `pool_boxes`; None where `method` does without.
+
+    It depends on the image alone, and copies the whole pyramid: made once, it serves all stages and sampling steps.
+
+    Args:
+        pyramid: levels (B, C, H/stride, W/stride).
+    Returns:
+        (sum of B*H*W/stride**2, C), level-major, then image-major; float32 at least.
+    """
+    if _is_by_level(pyramid, method):
+        return None
+    channels = pyramid[0].shape[1]
+    table = torch.cat([feature_map.permute(0, 2, 3, 1).reshape(-1, channels) for feature_map in pyramid])
+    return table.to(torch.promote_types(table.dtype, torch.float32))  # half-precision weights would shift samples
+
+
 def pool_boxes(
     pyramid: Sequence[Tensor],
     strides: Sequence[int],
@@ -62,6 +79,7 @@ def pool_boxes(
     resolution: int = 7,
     sampling_ratio: int = 2,
     method: BoxPooling = "auto",
+    table: Tensor | None = None,
 ) -> Tensor:
     """ROIAlign (arXiv:1703.06870, with the half-pixel offset) of each box on its pyramid level.
 
@@ -75,6 +93,7 @@ def pool_boxes(
         sampling_ratio: samples along each side of a cell.
         method: "roi_align" is torchvision's operator on each level; "bags" is one weighted sum of pixels per cell,
             equal to it to 1e-6; "auto" takes what is faster, "bags" on a CPU and "roi_align" on a GPU.
+        table: `pixel_table` of this pyramid; made here if not given.
     Returns:
         (B*N, C, r, r), image-major; gradients reach the pyramid, not the boxes.
     """
@@ -84,9 +103,16 @@ def pool_boxes(
     image_index = torch.arange(batch_size, device=boxes_xyxy.device).repeat_interleave(
         num_boxes, output_size=batch_size * num_boxes
     )
-    is_by_level = method == "roi_align" or (method == "auto" and boxes_xyxy.is_cuda)
-    pool = _pool_by_level if is_by_level else _pool_by_bags
-    return pool(pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
+    if _is_by_level(pyramid, method):
+        return _pool_by_level(pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
+    if table is None:
+        table = pixel_table(pyramid, method)
+        assert table is not None
+    return _pool_by_bags(table, pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
+
+
+def _is_by_level(pyramid: Sequence[Tensor], method: BoxPooling) -> bool:
+    return method == "roi_align" or (method == "auto" and pyramid[0].is_cuda)
 
 
 def _pool_by_level(
@@ -99,15 +125,19 @@ def _pool_by_level(
     sampling_ratio: int,
 ) -> Tensor:
     """torchvision's kernel on every level; boxes of other levels are moved out of sight, where it returns 0."""
-    pooled = []
+    total: Tensor | None = None
     for level, (feature_map, stride) in enumerate(zip(pyramid, strides)):
         on_level = torch.where((levels == level)[:, None], boxes_xyxy, -_MAX_COORDINATE)
         rois = torch.cat([image_index[:, None].to(on_level), on_level], dim=1)
-        pooled.append(roi_align(feature_map, rois, resolution, 1 / stride, sampling_ratio, aligned=True))
-    return torch.stack(pooled).sum(dim=0) if len(pooled) > 1 else pooled[0]
+        pooled = roi_align(feature_map, rois, resolution, 1 / stride, sampling_ratio, aligned=True)
+        # One at a time: at most one summand is not 0, and all of them together would be the peak of memory.
+        total = pooled if total is None else total + pooled
+    assert total is not None
+    return total
 
 
 def _pool_by_bags(
+    table: Tensor,
     pyramid: Sequence[Tensor],
     strides: Sequence[int],
     boxes_xyxy: Tensor,
@@ -122,8 +152,6 @@ def _pool_by_bags(
     """
     channels = pyramid[0].shape[1]
     device = boxes_xyxy.device
-    table = torch.cat([feature_map.permute(0, 2, 3, 1).reshape(-1, channels) for feature_map in pyramid])
-    table = table.to(torch.promote_types(table.dtype, torch.float32))  # half-precision weights would shift samples
     heights = torch.tensor([feature_map.shape[2] for feature_map in pyramid], device=device)
     widths = torch.tensor([feature_map.shape[3] for feature_map in pyramid], device=device)
     rows_per_level = len(pyramid[0]) * heights * widths

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from diffinst.build import build_model
 from diffinst.config import ModelConfig
 from diffinst.model import DiffusionInst
+from diffinst.ops.roi import pixel_table
 from diffinst.structures import Sample
 
 
@@ -151,3 +152,23 @@ def test_boxes_only_model() -> None:
 def test_constants_stay_out_of_the_state() -> None:
     names = set(_tiny().state_dict())
     assert not [name for name in names if name.startswith(("pixel_", "schedule"))]
+
+
+def test_the_pyramid_is_laid_out_once_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many stages and sampling steps: it is the largest copy that the box head makes."""
+    made = []
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor | None:
+        made.append(pixel_table(*args, **kwargs))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr("diffinst.heads.box_head.pixel_table", counted)
+    monkeypatch.setattr("diffinst.ops.roi.pixel_table", counted)
+    model = _tiny(box_pooling="bags").eval()
+    batch = model.make_batch([_sample(32, 32)])
+    with torch.no_grad():
+        features = model.encode(batch.images)
+        for t in (999, 500):
+            model.denoise(features, _noisy_boxes(1), torch.full((1,), t))
+    assert len(made) == 1
+    assert features.pixel_table is made[0]

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from diffinst.ops import roi
-from diffinst.ops.roi import assign_levels, pool_boxes
+from diffinst.ops.roi import assign_levels, pixel_table, pool_boxes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -54,6 +54,17 @@ def pool_one_by_one(pyramid, strides, boxes_xyxy, resolution, sampling_ratio):
 @pytest.fixture(params=["bags", "roi_align"])
 def method(request):
     return request.param
+
+
+def test_one_table_serves_all_calls(method):
+    pyramid, boxes = make_pyramid(), make_boxes()
+    table = pixel_table(pyramid, method)
+    assert (table is None) == (method == "roi_align")
+    if table is not None:
+        assert table.shape == (2 * sum((64 // s) * (96 // s) for s in STRIDES), 3)
+        assert_close(table[2 * 16 * 24 + 12], pyramid[1][0, :, 1, 0])  # second level, first image, second row of 12
+    alone = pool_boxes(pyramid, STRIDES, boxes, method=method)
+    assert torch.equal(pool_boxes(pyramid, STRIDES, boxes, method=method, table=table), alone)
 
 
 def test_levels_by_hand():
