@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from coco_files import block, block_mask, rle_of
 from lvis_files import SIZE, federated_scene, record
+from pycocotools import mask as maskutils
 
 from diffinst.errors import DataError
 from diffinst.evaluation.coco_ap import CocoScores, score_coco
@@ -195,6 +197,49 @@ def test_equal_to_lvis(seed: int, lvis_package: types.ModuleType, tmp_path: Path
     assert scores.metrics["bbox/AP"] != pytest.approx(scores.metrics["segm/AP"], abs=1e-5)
     plain = {**content, "images": [{**image, "file_name": "x.jpg"} for image in content["images"]]}
     assert score_coco(plain, records).metrics["bbox/AP"] != pytest.approx(scores.metrics["bbox/AP"], abs=1e-3)
+
+
+def _disturbed(content: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Detections made of the annotations: moved, of other classes now and then, with scores of few values."""
+    draws = np.random.default_rng(seed)
+    categories = [category["id"] for category in content["categories"]]
+    found: dict[int, list[tuple[int, float, Any]]] = {image["id"]: [] for image in content["images"]}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    for entry in content["annotations"]:
+        height, width = sizes[entry["image_id"]]
+        parts = maskutils.frPyObjects(entry["segmentation"], height, width)
+        mask = maskutils.decode(maskutils.merge(parts))
+        for _ in range(int(draws.integers(0, 4))):
+            moved = np.roll(mask, draws.integers(-3, 4, 2), (0, 1))
+            label = entry["category_id"] if draws.random() < 0.8 else int(draws.choice(categories))
+            found[entry["image_id"]].append((label, float(np.float32(draws.integers(1, 50) / 50)), moved))
+    records = []
+    for image_id, detections in found.items():
+        rles = [maskutils.encode(np.asfortranarray(mask)) for _, _, mask in detections]
+        records.append(
+            {
+                "image_id": image_id,
+                "category_id": [label for label, _, _ in detections],
+                "score": [score for _, score, _ in detections],
+                "bbox": [maskutils.toBbox(rle).tolist() for rle in rles],
+                "segmentation": [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles],
+            }
+        )
+    return records
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_lvis_on_its_own_annotations(seed: int, lvis_package: types.ModuleType, tmp_path: Path) -> None:
+    path = Path(os.environ.get("DIFFINST_DATASETS", "")) / "lvis_tiny/lvis_v0.5_val_tiny.json"
+    if not path.is_file():
+        pytest.skip("no lvis_tiny below $DIFFINST_DATASETS")
+    content = json.loads(path.read_text())
+    records = _disturbed(content, seed)
+    scores = score_lvis(content, records)
+    assert 0.1 < (scores.metrics["segm/AP"] or 0) < 0.9
+    for kind in ("bbox", "segm"):
+        _check(scores, _theirs(lvis_package, content, records, kind, tmp_path))
 
 
 def test_equal_to_lvis_on_instances_without_area(lvis_package: types.ModuleType, tmp_path: Path) -> None:
