@@ -4,7 +4,8 @@ Written by `diffbench calibrate` from runs of the same suite, the same code, on 
 `diffbench compare`. For times and memory the floor is the standard deviation of the logarithm from run to run, pooled
 over the cells; for AP the standard deviation over evaluation seeds where there are several, otherwise over the runs.
 Cells of one run share its good or bad luck, so a floor is known with as many degrees of freedom as there are runs, less
-one, however many cells there are.
+one, however many cells there are. Runs of the same seeds may have the same AP to the last bit: its floor is then 0,
+which says nothing about other seeds, and `compare` does not take it for certainty.
 """
 
 from __future__ import annotations

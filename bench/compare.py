@@ -55,7 +55,7 @@ _RESAMPLED = ("AP", "AP50", "AP75")
 # By how much the disturbed shares of two sides may differ for their times to be judged.
 UNLIKE_SHARES = 0.25
 MIN_ROUNDS = 3  # of a race; fewer say too little about how much runs differ
-_CLOSE = 1e-9  # relative: an effect this near to a threshold has reached it
+_CLOSE = 1e-9  # relative: an effect this near to a threshold has reached it; an AP's error up to it is rounding
 
 
 class Outcome(StrEnum):
@@ -398,7 +398,7 @@ class _Judge:
             return self._race_effect(raced, [sign * math.log(ratio.value) for ratio in raced], margin)
         size = statistics.fmean(effects)
         within, basis = self._within(row.metric, kind, pairs, resampled)
-        between = self._between(machines, row.metric, gate, effects)
+        between = self._between(machines, row.metric, kind, gate, effects)
         if between is None and kind != "score":
             why = "one run a side and no noise floor (diffbench calibrate, or noise in the gate)"
             return _Effect(size, margin, None, math.inf, why)
@@ -414,6 +414,9 @@ class _Judge:
             parts.append((variance, degrees))
             basis = ", ".join(part for part in (basis if len(parts) > 1 else "", said) if part)
         error, degrees = combine(parts)
+        if kind == "score" and error <= _CLOSE:
+            why = "nothing varies: no interval over images, no spread over runs and no noise floor above 0"
+            return _Effect(size, margin, None, math.inf, why)
         return _Effect(size, margin, error, degrees, basis)
 
     @staticmethod
@@ -463,20 +466,20 @@ class _Judge:
         return [(variance, math.inf)], "images"
 
     def _between(
-        self, machines: Sequence[str], metric: str, gate: Gate, effects: Sequence[float]
+        self, machines: Sequence[str], metric: str, kind: Kind, gate: Gate, effects: Sequence[float]
     ) -> tuple[float, float, str] | None:
         """Variance of the effect from run to run, its degrees of freedom, and where it is from."""
         floor = self.noise.of(machines, metric)
-        known = [] if floor is None else [(floor.noise, float(floor.degrees_of_freedom))]
+        floors = [] if floor is None else [(floor.noise, float(floor.degrees_of_freedom))]
         if gate.noise is not None:
-            known.append((gate.noise, math.inf))
-        if known:
-            # The one that allows more, as little may be known of the larger one.
-            noise, degrees = max(known, key=lambda entry: entry[0] * two_sided_quantile(0.05, entry[1]))
-            return 2 * noise**2 / len(effects), degrees, "noise floor"
-        if len(effects) > 1:
-            return statistics.variance(effects) / len(effects), len(effects) - 1.0, "runs"
-        return None
+            floors.append((gate.noise, math.inf))
+        count = len(effects)
+        known = [(2 * noise**2 / count, degrees, "noise floor") for noise, degrees in floors]
+        # A floor of AP may be from runs of one seed: it does not take the place of what several seeds show.
+        if count > 1 and (kind == "score" or not floors):
+            known.append((statistics.variance(effects) / count, count - 1.0, "runs"))
+        # The one that allows more, as little may be known of the larger one.
+        return max(known, key=lambda entry: entry[0] * two_sided_quantile(0.05, entry[1]) ** 2, default=None)
 
     def _resample(self, head: str, pairs: Pairs) -> list[Mapping[str, Interval]] | str | None:
         """Differences of resampled images of each pair; see `_Resampled`."""

@@ -330,6 +330,35 @@ def test_several_seeds_are_paired() -> None:
     assert row.cell == "sampling_steps=1 num_proposals=20"
 
 
+def test_a_floor_of_zero_does_not_hide_what_the_seeds_show() -> None:
+    """Runs of one seed are equal to the last bit on a CPU: their floor is 0, and other seeds differ all the same."""
+    base = [timed_record(seed=seed, ap=ap) for seed, ap in enumerate((0.30, 0.31, 0.32))]
+    head = [timed_record(seed=seed, ap=ap) for seed, ap in enumerate((0.33, 0.28, 0.27))]
+    alone = only(compare(base, head, AP_ONLY))
+    assert alone.outcome is Outcome.NOISY
+    for noise in (0.0, 0.001):
+        found = compare(base, head, AP_ONLY, floor(noise, "segm/AP"))
+        assert (only(found), found.exit_code) == (alone, ExitCode.INCONCLUSIVE)
+    # The other way round: seeds that happen to agree do not hide a large floor.
+    agreeing = [timed_record(seed=seed, ap=ap) for seed, ap in enumerate((0.28, 0.29, 0.3001))]
+    assert only(compare(base, agreeing, AP_ONLY)).outcome is Outcome.WORSE
+    row = only(compare(base, agreeing, AP_ONLY, floor(0.05, "segm/AP")))
+    assert (row.outcome, row.reason) == (Outcome.NOISY, "noise floor")
+
+
+@pytest.mark.parametrize("settings", [{}, {"standard_error": 0.0}], ids=["no errors", "errors of 0"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_ap_where_nothing_varies_cannot_be_told(settings: dict[str, float], seeds: int) -> None:
+    # Seeds of which each loses the same, but for rounding.
+    sides = [[timed_record(seed=seed, ap=ap + 0.01 * seed) for seed in range(seeds)] for ap in (0.30, 0.29)]
+    for record in (*sides[0], *sides[1]):
+        record["metrics"]["segm/AP"] |= settings
+    for gates in (AP_ONLY, Gates({"segm/AP": Gate(relative=0.01, absolute=0.005, noise=0.0)})):
+        found = compare(*sides, gates, floor(0.0, "segm/AP"))
+        assert (only(found).outcome, found.exit_code) == (Outcome.NOISY, ExitCode.INCONCLUSIVE)
+        assert only(found).reason.startswith("nothing varies")
+
+
 # -- what cannot be judged ---------------------------------------------------------------------------------------------
 
 
