@@ -3,6 +3,7 @@
 Cells are matched by suite and axes; runs that differ in seeds only are one cell. In order, the first rule that holds:
 
 1. A run of one side only is `missing` or `extra`, one that did not succeed is `failed`; so is a metric without a value.
+   A cell without a measurement that a gate judges is `missing`, and so is what a gate of a file matches in no cell.
 2. Measured under other conditions: `not comparable` (bench.comparability).
 3. Equal values are the `same`. Counts (parameters, operations) have no noise: past the gate or not.
 4. An effect is `better` or `worse` for three reasons together: relative and absolute, past the gate's thresholds, and
@@ -38,6 +39,7 @@ import numpy as np
 
 from bench.calibration import NO_NOISE, Noise
 from bench.comparability import Kind, differences, is_race, kind_of, machine_of, remarks
+from bench.fields import did_you_mean
 from bench.gates import DEFAULT_GATES, Gate, Gates
 from bench.report.cells import REPEAT_AXES, Record, axes_of, latest, sort_records
 from bench.report.latency import disturbed_share
@@ -192,6 +194,7 @@ def compare(
                 notes.update(dict.fromkeys(remarks(old, new)))
         if complete:
             found += judge.cell(complete)
+    found += judge.idle_gates()
     return Comparison(_decide(found, gates.level), tuple(notes))
 
 
@@ -292,6 +295,12 @@ class _Judge:
         self.gates, self.noise = gates, noise
         self.read_matches, self.num_resamples = read_matches, num_resamples
         self._gate_of: dict[str, Gate | None] = {}
+        # Of all cells so far: metrics that were measured and have a gate, those without one, suites, and whether any
+        # cell is of stored runs and not of a race.
+        self._judged: set[str] = set()
+        self._others: set[str] = set()
+        self._suites: set[str] = set()
+        self._has_runs = False
 
     def gate(self, metric: str) -> Gate | None:
         if metric not in self._gate_of:
@@ -305,9 +314,12 @@ class _Judge:
         reasons = _reasons(pairs)
         resampled: _Resampled = {}
         measured = set()
+        self._suites.add(blank.suite)
+        self._has_runs = self._has_runs or not all(is_race(old, new) for old, new in pairs)
         for metric in names:
             gate = self.gate(metric)
             if gate is None:
+                self._others.add(metric)
                 continue
             entries = [tuple(record.get("metrics", {}).get(metric, {}) for record in pair) for pair in pairs]
             has = [any(pair[side].get("value") is not None for pair in entries) for side in (0, 1)]
@@ -318,6 +330,27 @@ class _Judge:
             if not any(fnmatchcase(metric, pattern) for metric in measured):
                 why = "required, and measured on neither side"
                 yield replace(blank, metric=pattern, outcome=Outcome.MISSING, reason=why)
+        if not measured and not self.gates.require:
+            why = "nothing that a gate judges was measured on either side"
+            yield replace(blank, outcome=Outcome.MISSING, reason=why)
+        self._judged |= measured
+
+    def idle_gates(self) -> Iterator[Row]:
+        """After all cells: the gates of a file that judge none of them. The built-in ones are for any suite."""
+        if self.gates.file is None or not self._suites:
+            return
+        for pattern in self.gates.gates:
+            if not self._has_runs and kind_of(pattern) != "time":
+                continue  # a race measures nothing but times; its gates file may be that of the runs
+            if not any(fnmatchcase(metric, pattern) for metric in self._judged):
+                why = f"this gate of {self.gates.file} matches nothing that was measured, in any cell. Correct its name"
+                yield Row(
+                    suite=", ".join(sorted(self._suites)),
+                    cell="every cell",
+                    metric=pattern,
+                    outcome=Outcome.MISSING,
+                    reason=f"{why} or remove it.{did_you_mean(pattern, sorted(self._others))}",
+                )
 
     def _row(
         self,

@@ -8,6 +8,7 @@
       latency_s/total: {relative: 0.05, absolute: 0.0005, noise: 0.02}
 
 A pattern is that of a shell; the first that matches a metric counts, and a metric that none matches is not judged.
+A gate that matches no metric measured in any cell is told as missing: its name may be misspelt.
 `relative` is a fraction of the better of the two values, `absolute` is in the record's unit. `noise` is a standard
 deviation from run to run, of the logarithm for times and memory, in the metric's unit for AP.
 """

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from report_records import with_error
 import bench.compare
 from bench.calibration import Floor, Noise, calibrate
 from bench.compare import UNLIKE_SHARES, Comparison, ExitCode, Outcome, Row, compare
-from bench.gates import Gate, Gates
+from bench.gates import DEFAULT_GATES, Gate, Gates, load_gates
 from bench.measure.latency import measure_latency
 
 AP_ONLY = Gates({"segm/AP": Gate(relative=0.01, absolute=0.005)})
@@ -397,6 +398,53 @@ def test_nothing_measured_is_never_fine() -> None:
     unmeasured = with_value("segm/AP", None, reason="no masks")
     assert compare([unmeasured], [unmeasured], AP_ONLY).exit_code is ExitCode.MISSING_OR_EXTRA
     assert compare([timed_record()], [timed_record()], Gates({})).exit_code is ExitCode.MISSING_OR_EXTRA
+
+
+def without_values(record: dict[str, Any]) -> dict[str, Any]:
+    for entry in record["metrics"].values():
+        entry |= {"value": None, "reason": "not asked for"}
+    return record
+
+
+@pytest.mark.parametrize("gates", [AP_ONLY, DEFAULT_GATES])
+def test_a_cell_in_which_nothing_is_judged_is_missing_beside_others_that_are(gates: Gates) -> None:
+    records = [timed_record(1), without_values(timed_record(2))]
+    found = compare(records, copy.deepcopy(records), gates)
+    last = found.rows[-1]
+    assert (last.outcome, last.cell, last.metric) == (Outcome.MISSING, "sampling_steps=2 num_proposals=20", "")
+    assert last.reason == "nothing that a gate judges was measured on either side"
+    assert {row.outcome for row in found.rows[:-1]} == {Outcome.SAME}
+    assert found.exit_code is ExitCode.MISSING_OR_EXTRA
+
+
+def gates_file(folder: Path, *patterns: str) -> Gates:
+    lines = [f"  {pattern}: {{relative: 0.05, absolute: 0}}\n" for pattern in patterns]
+    (folder / "gates.yaml").write_text("gates:\n" + "".join(lines))
+    return load_gates(folder / "gates.yaml")
+
+
+def test_a_gate_of_a_file_that_judges_nothing_is_missing(tmp_path: Path) -> None:
+    records = [timed_record(1), timed_record(2)]
+    found = compare(records, records, gates_file(tmp_path, "segm/AP", "latency_s/totl"))
+    assert [(row.cell, row.metric) for row in found.rows if row.outcome is Outcome.MISSING] == [
+        ("every cell", "latency_s/totl")
+    ]
+    assert found.rows[-1].reason == (
+        f"this gate of {tmp_path / 'gates.yaml'} matches nothing that was measured, in any cell. Correct its name or "
+        "remove it. Did you mean 'latency_s/total'?"
+    )
+    assert found.exit_code is ExitCode.MISSING_OR_EXTRA
+    # One cell that measures it is enough, and a wider pattern behind a narrow one is no mistake.
+    records[0] = timed_record(1, ap=None)
+    found = compare(records, records, gates_file(tmp_path, "segm/AP", "segm/*", "latency_s/*"))
+    assert found.exit_code is ExitCode.FINE
+    assert compare([], [], gates_file(tmp_path, "segm/AP")).rows == ()
+
+
+def test_a_race_may_have_the_gates_file_of_the_runs(tmp_path: Path) -> None:
+    base, head = raced(np.random.default_rng(0), factor=1.0)
+    rows = compare(base, head, gates_file(tmp_path, "segm/AP", "latency_s/total", "latency_s/mask")).rows
+    assert [row.metric for row in rows if row.outcome is Outcome.MISSING] == ["latency_s/mask"]
 
 
 def test_what_is_required_must_be_there() -> None:
