@@ -65,7 +65,7 @@ def calibrate(runs: Sequence[Sequence[Record]], names: Sequence[str]) -> Noise:
     """Noise floors from repeated runs.
 
     Args:
-        runs: the records of each run; all of the same suite, code and settings.
+        runs: the records of each run, of one suite or several; all of the same suites, code and settings.
         names: what each run is called in an error.
     Raises:
         BenchError: too few runs of a machine class, runs that differ in more than luck, or the same run twice.
@@ -73,7 +73,7 @@ def calibrate(runs: Sequence[Sequence[Record]], names: Sequence[str]) -> Noise:
     by_machine: dict[str, list[tuple[str, dict[tuple[Any, ...], Record]]]] = defaultdict(list)
     for name, records in zip(names, runs):
         for machine in dict.fromkeys(machine_of(record) for record in records):
-            kept, _ = latest([record for record in records if machine_of(record) == machine])
+            kept = _latest([record for record in records if machine_of(record) == machine])
             by_machine[machine].append((name, {_key(record): record for record in kept}))
     if not by_machine:
         raise BenchError(f"calibrate: no records. Give at least {MIN_RUNS} results of the same suite")
@@ -126,6 +126,14 @@ def load_calibration(path: Path) -> Noise:
 
 def _key(record: Record) -> tuple[Any, ...]:
     return (record.get("suite"), *sorted(axes_of(record).items(), key=lambda item: item[0]))
+
+
+def _latest(records: Sequence[Record]) -> list[Record]:
+    """Those that count, suite by suite: two suites may have cells of the same axes."""
+    by_suite: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        by_suite[record.get("suite")].append(record)
+    return [record for found in by_suite.values() for record in latest(found)[0]]
 
 
 def _check_same(found: Sequence[tuple[str, Mapping[tuple[Any, ...], Record]]]) -> None:
@@ -198,7 +206,8 @@ def _score_variances(runs: Sequence[Mapping[tuple[Any, ...], Record]], metric: s
     for key in runs[0]:
         values = _values(runs, key, metric)
         if len(values) == len(runs):
-            cells[tuple(part for part in key[1:] if part[0] != "eval_seed")].append(values)
+            suite, *axes = key
+            cells[(suite, *(axis for axis in axes if axis[0] != "eval_seed"))].append(values)
     found = []
     for seeds in cells.values():
         values = [statistics.fmean(values) for values in seeds] if len(seeds) > 1 else seeds[0]

@@ -56,6 +56,20 @@ def test_ap_varies_over_evaluation_seeds() -> None:
     assert found.degrees_of_freedom == 3
 
 
+def test_suites_with_the_same_axes_are_apart() -> None:
+    def both(number: int) -> list[dict[str, Any]]:
+        one, two = run(0.01, ap=0.2, seed=number)[0], run(0.01 * math.exp(number), ap=0.4, seed=9 + number)[0]
+        return [one, two | {"suite": "other"}]
+
+    found = calibrate([both(number) for number in range(3)], "abc")
+    floors = found.machines[MACHINE]
+    assert (floors[LATENCY].cells, floors[LATENCY].noise) == (2, pytest.approx(math.sqrt((0 + 1) / 2)))
+    # Neither suite's AP varies; that they differ from each other is no noise.
+    assert (floors["segm/AP"].cells, floors["segm/AP"].noise) == (2, 0.0)
+    turned = calibrate([both(number)[::-1] for number in range(3)], "abc")
+    assert turned.machines[MACHINE][LATENCY] == floors[LATENCY]
+
+
 def test_what_differs_in_luck_only_is_estimated_well() -> None:
     generator = np.random.default_rng(0)
     found = [calibrate([timed_run(generator) for _ in range(6)], "abcdef") for _ in range(200)]
