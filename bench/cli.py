@@ -1,7 +1,8 @@
 """run-suite: a suite file in, records, tables and plots out. Parses, calls, prints, returns an exit code.
 
 Exit codes: 0 all is well; 1 a run failed, or cannot be run for want of a file; 2 something the user can put right,
-before any work or in the data; 130 interrupted. What runs the plan is loaded only to run it: `--plan` answers at once.
+before any work or in the data; 70 an error that nobody foresaw; 130 interrupted. What runs the plan is loaded only to
+run it: `--plan` answers at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench import unexpected
 from bench.errors import RecordError, SuiteError
 from bench.fingerprints import fingerprints_for, save_if_possible
 from bench.outlook import PlanLine, describe_plan, duration_text, total_s
@@ -91,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="run-suite")
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer's code for it, 1, would mean a failed run
+            return unexpected.EXIT_CODE
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except SuiteError as error:
         print(error, file=sys.stderr)
@@ -98,13 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DiffInstError as error:
         print(f"run-suite: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if (problem := write_problem(error)) is None:
-            raise
-        print(f"run-suite: {problem}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if (problem := write_problem(error)) is None:
+            # What took hours is not run again to see where it ended.
+            return unexpected.tell("run-suite", error, with_traceback=True)
+        print(f"run-suite: {problem}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -51,7 +51,8 @@ def compare_command(
     """Judge HEAD against BASE, cell by cell and metric by metric.
 
     Exit codes: 0 fine, 1 regression, 2 usage, 3 missing or extra cells (or nothing compared), 4 failed cells,
-    5 not comparable, 6 inconclusive. Of several: 1 before 4 before 3 before 5 before 6.
+    5 not comparable, 6 inconclusive, 70 unexpected error (DIFFBENCH_TRACEBACK=1 shows its traceback). Of several:
+    1 before 4 before 3 before 5 before 6.
     """
     gates, noise = judge_by(gates_file, calibration)
     with _collector_paused():

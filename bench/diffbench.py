@@ -1,6 +1,7 @@
 """diffbench: tables, plots, data frames and verdicts out of stored records. Needs neither the model nor the data.
 
-Exit codes: 0 all is well; 1 `verify` found something that is not as it should be; 2 something the user can put right.
+Exit codes: 0 all is well; 1 `verify` found something that is not as it should be; 2 something the user can put right;
+70 an error that nobody foresaw, or output that nobody took. Those of compare and race are in `bench.compare`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bench import unexpected
 from bench.compare_cli import calibrate_command, compare_command
 from bench.errors import BenchError, RecordError, SuiteError
 from bench.explain_cli import explain_command
@@ -324,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="diffbench")
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer's code for it, 1, would mean a regression
+            return unexpected.EXIT_CODE
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except SuiteError as error:
         typer.echo(str(error), err=True)
@@ -331,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DiffInstError as error:
         typer.echo(f"diffbench: {error}", err=True)
         return 2
+    except Exception as error:
+        return unexpected.tell("diffbench", error)
     return 0
 
 

@@ -210,3 +210,18 @@ def test_a_run_ends_with_the_suites_tables_and_where_its_files_are(
     assert {path.suffix for path in wrote} >= {".md", ".csv", ".tex", ".png", ".svg"}
     assert all(path.stat().st_size > 0 for path in wrote)
     assert lines[-1] == "run-suite: small: 2 of 2 runs ok"
+
+
+def test_an_unexpected_error_is_no_failed_run_and_keeps_its_traceback(
+    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(bench.execute, "run_plan", fail)
+    code, _, err = run(capsys, suite, "--results", tmp_path / "results")
+    assert code == 70
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1] == (
+        "run-suite: unexpected error (exit code 70): ZeroDivisionError: by nought. Please report it"
+    )

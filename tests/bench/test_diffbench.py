@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import errno
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from report_records import make_record
 
+import bench.compare_cli
+from bench.compare import ExitCode
 from bench.diffbench import main
 from bench.plan import build_plan
 from bench.record import parse_record
 from bench.store import Store
 from bench.suite import load_suite
+from bench.unexpected import EXIT_CODE
 
 SUITE = """\
 name: small
@@ -115,3 +121,34 @@ def test_a_damaged_record_is_named(suite: Path, capsys: pytest.CaptureFixture) -
     record.write_text(record.read_text()[:-20])
     assert main(["table", str(suite)]) == 2
     assert record.name in capsys.readouterr().err
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*arguments: object, **settings: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("variable", [None, "0", "1"])
+def test_an_unexpected_error_is_one_line_and_no_regression(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, variable: str | None
+) -> None:
+    monkeypatch.setattr(bench.compare_cli, "_read_sides", raising(ZeroDivisionError("by\nnought")))
+    monkeypatch.delenv("DIFFBENCH_TRACEBACK", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("DIFFBENCH_TRACEBACK", variable)
+    assert main(["compare", "a", "b"]) == EXIT_CODE == 70
+    assert EXIT_CODE not in set(ExitCode)
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]
+    assert last.startswith("diffbench: unexpected error (exit code 70): ZeroDivisionError: by nought. ")
+    assert ("Traceback" in error) is (variable == "1")
+    assert (last.endswith("Set DIFFBENCH_TRACEBACK=1 to see where"), error.count("\n") == 1) == (variable != "1",) * 2
+
+
+def test_output_that_nobody_takes_is_no_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):  # which typer replaces
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(bench.compare_cli, "_read_sides", raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert main(["compare", "a", "b"]) == EXIT_CODE
