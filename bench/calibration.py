@@ -221,7 +221,7 @@ def _score_variances(runs: Sequence[Mapping[tuple[Any, ...], Record]], metric: s
 def _from_json(text: str, path: Path) -> Item:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SuiteErrors([SuiteError(f"not valid JSON ({error})", file=path)]) from error
 
     def item(value: Any) -> Item:

@@ -6,10 +6,12 @@ missing or extra.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,36 @@ def read_benchmarks(path: Path) -> list[Record]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
         raise RecordError(f"{path}: cannot be read ({reason}). Write it with pytest --benchmark-json FILE") from error
     entries = content.get("benchmarks") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise RecordError(f"{path}: holds no benchmarks. Write it with pytest --benchmark-json FILE")
-    environment = _environment(content)
+    with _as_written(f"{path}: machine_info or commit_info"):
+        environment = _environment(content)
     records = []
     for number, entry in enumerate(entries):
-        try:
+        with _as_written(f"{path}: benchmarks[{number}]"):
             records.append(_record(entry, environment, str(path), content.get("datetime")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordError(f"{path}: benchmarks[{number}]: not as pytest-benchmark writes it ({error!r})") from error
     return records
+
+
+@contextlib.contextmanager
+def _as_written(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        message = f"{place}: not as pytest-benchmark writes it ({error!r}). Write it again with --benchmark-json FILE"
+        raise RecordError(message) from error
+
+
+def _check_text(value: Any) -> None:
+    """JSON can spell halves of characters, '\\ud800', which no file or terminal takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character in {value!r:.200}") from error
 
 
 def _record(entry: dict[str, Any], environment: dict[str, Any], path: str, when: Any) -> Record:
@@ -51,6 +69,8 @@ def _record(entry: dict[str, Any], environment: dict[str, Any], path: str, when:
     samples = [float(value) for value in stats.get("data") or []]
     if not all(math.isfinite(value) for value in (median, *samples)):
         raise ValueError("a time is no finite number")
+    measure = {key: options[key] for key in _PROTOCOL if key in options}
+    _check_text([name, measure])
     return {
         "suite": SUITE,
         "run_id": name,
@@ -59,7 +79,7 @@ def _record(entry: dict[str, Any], environment: dict[str, Any], path: str, when:
         "reason": None,
         "axes": {"test": name},
         "config": {},
-        "measure": {key: options[key] for key in _PROTOCOL if key in options},
+        "measure": measure,
         "metrics": {f"benchmark_s/{name}": {"value": median, "unit": "s", "higher_is_better": False}},
         "samples": {"benchmark_s": {name: samples}} if samples else {},
         "environment": environment,
@@ -75,9 +95,11 @@ def _environment(content: dict[str, Any]) -> dict[str, Any]:
     model, count = str(cpu.get("brand_raw") or machine.get("processor") or ""), cpu.get("count")
     identity = repr((model, count, machine.get("machine"), machine.get("system")))
     slug = re.sub(r"[^a-z0-9]+", "-", f"{model} {count}c".lower()).strip("-")
-    return {
+    found = {
         "machine": f"{slug[:72]}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}",
         "python": " ".join(str(machine[key]) for key in ("python_implementation", "python_version") if key in machine),
         "commit": commit.get("id"),
         "dirty": commit.get("dirty"),
     }
+    _check_text(found)
+    return found

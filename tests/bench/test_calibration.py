@@ -179,6 +179,7 @@ def test_all_mistakes_of_a_file_at_once(tmp_path: Path) -> None:
         ("c.yaml", "version: 2\n", "version: 2 is not allowed. Allowed: 1"),
         ("c.yaml", "version: 1\n", "machines: needs a mapping"),
         ("c.json", "{", "not valid JSON"),
+        ("c.json", "[" * 100_000, "not valid JSON"),
         ("c.json", "[1, 2]", "no calibration file"),
         ("c.json", '{"version": 1, "machines": {"box": {"flops": {"noise": "x"}}}}', "'x' is not allowed"),
     ],

@@ -41,6 +41,10 @@ def write(path: Path, tests: dict[str, float], **changes: Any) -> Path:
     return path
 
 
+def one_test(name: str = "a", options: dict[str, Any] | None = None, **stats: Any) -> str:
+    return json.dumps({"benchmarks": [{"fullname": name, "options": options, "stats": stats}]})
+
+
 def test_tests_become_cells(tmp_path: Path) -> None:
     (record,) = read_benchmarks(write(tmp_path / "a.json", {"tests/a.py::test_x[1]": 0.002}))
     assert record["metrics"] == {
@@ -88,7 +92,17 @@ def test_another_machine_or_another_way_of_timing_is_refused(tmp_path: Path) -> 
         ('{"benchmarks": [{"fullname": "a"}]}', r"benchmarks\[0\]: not as pytest-benchmark writes it"),
         ('{"benchmarks": [{"fullname": "a", "stats": {"median": NaN}}]}', "a time is no finite number"),
         ('{"benchmarks": [3]}', r"benchmarks\[0\]: not as"),
+        ("[" * 100_000, "cannot be read .not valid JSON"),
+        ('{"benchmarks": [3], "machine_info": [1]}', "machine_info or commit_info: not as pytest-benchmark writes it"),
+        ('{"benchmarks": [3], "machine_info": {"cpu": "x"}}', "machine_info or commit_info: not as"),
+        ('{"benchmarks": [3], "machine_info": {"python_version": "\\ud800"}}', "half a character in .*ud800"),
+        ('{"benchmarks": [3], "commit_info": "x"}', "machine_info or commit_info: not as"),
+        (one_test(median=10**400), r"benchmarks\[0\]: not as .*OverflowError"),
+        (one_test(median=1.0, data=[10**400]), r"benchmarks\[0\]: not as .*OverflowError"),
+        (one_test("a\ud800", median=1.0), r"benchmarks\[0\]: not as .*half a character in .*a.*ud800"),
+        (one_test(options={"timer": "\ud800"}, median=1.0), r"benchmarks\[0\]: not as .*half a character"),
     ],
+    ids=range(15),
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.json"
