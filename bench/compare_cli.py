@@ -25,7 +25,8 @@ from bench.store import write_atomic
 
 _SIDE = "a results folder, a suite's or a machine's folder in it, or a JSON file with a record or a list of records"
 GatesOption = Annotated[
-    Path | None, typer.Option("--gates", metavar="FILE.yaml", help="thresholds; default: built in, see README")
+    Path | None,
+    typer.Option("--gates", metavar="FILE.yaml", help="thresholds; docs/gates.md has the format and the default ones"),
 ]
 FormatOption = Annotated[
     Literal["text", "markdown", "json", "junit", "github"],

@@ -69,7 +69,7 @@ class Gates:
         return None
 
 
-# Without a gates file. Half a point of AP; times by 5 %; what is counted, by anything.
+# Without a gates file; docs/gates.md lists them. Half a point of AP; times by 5 %; what is counted, by anything.
 DEFAULT_GATES = Gates(
     {
         "segm/AP": Gate(relative=0.01, absolute=0.005),

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from bench.errors import SuiteErrors
-from bench.gates import DEFAULT_GATES, Gate, load_gates
+from bench.gates import DEFAULT_GATES, METRIC_KINDS, Gate, load_gates
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTATION = ROOT / "docs/gates.md"
 
 GOOD = """\
 level: 0.01
@@ -90,6 +93,19 @@ def test_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "gates.yaml").write_bytes(b"\xff")
     with pytest.raises(SuiteErrors, match="it is not UTF-8 text"):
         load_gates(tmp_path / "gates.yaml")
+
+
+def test_the_documentation_has_the_built_in_gates_and_the_format(tmp_path: Path) -> None:
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    built_in, format_of_a_file = (part.partition("```")[0] for part in text.split("```yaml\n")[1:])
+    found = load_gates(write(tmp_path, built_in))
+    assert list(found.gates.items()) == list(DEFAULT_GATES.gates.items())
+    assert (found.require, found.level) == (DEFAULT_GATES.require, DEFAULT_GATES.level)
+    example = load_gates(write(tmp_path, format_of_a_file))
+    assert None not in (example.calibration, example.of("latency_s/total").noise)
+    assert set(METRIC_KINDS) <= set(text.partition("Metrics begin with")[2].partition(".\n")[0].split("`"))
+    for place in (ROOT / "README.md", ROOT / "bench/compare_cli.py"):
+        assert "docs/gates.md" in place.read_text(encoding="utf-8")
 
 
 def test_the_built_in_gates_judge_what_a_suite_measures() -> None:
