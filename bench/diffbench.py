@@ -60,6 +60,7 @@ SuiteArgument = Annotated[
     str, typer.Argument(metavar="SUITE", help="a suite file, or a folder of results such as results/quickstart")
 ]
 ResultsOption = Annotated[Path, typer.Option("--results", help="the results folder, for a suite file")]
+ResultsFolder = Annotated[Path, typer.Option("--results", metavar="DIR", help="the results folder")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="as for run-suite")]
 OnlyOption = Annotated[str | None, typer.Option("--only", metavar="PATTERN", help="as for run-suite")]
 DataRootOption = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="as for run-suite")]
@@ -166,7 +167,7 @@ def claims_command(
     ] = "markdown",
     write: Annotated[bool, typer.Option("--write", help=f"write it into RESULTS/{REPORTS} instead")] = False,
     lock: Annotated[bool, typer.Option("--lock", help="accept the claim files as they are, after a review")] = False,
-    results: ResultsOption = Path("results"),
+    results: ResultsFolder = Path("results"),
     claims: ClaimsOption = CLAIMS,
     suites: SuitesOption = SUITES,
 ) -> None:
@@ -199,7 +200,7 @@ def verify(
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="[PATH]...", help="files or folders; default: everything generated")
     ] = None,
-    results: ResultsOption = Path("results"),
+    results: ResultsFolder = Path("results"),
     claims: ClaimsOption = CLAIMS,
     suites: SuitesOption = SUITES,
 ) -> None:

@@ -152,3 +152,12 @@ def test_output_that_nobody_takes_is_no_regression(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(sys, name, getattr(sys, name))
     monkeypatch.setattr(bench.compare_cli, "_read_sides", raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
     assert main(["compare", "a", "b"]) == EXIT_CODE
+
+
+@pytest.mark.parametrize(("command", "takes_a_suite"), [("table", True), ("claims", False), ("verify", False)])
+def test_help_speaks_of_a_suite_file_only_where_one_is_taken(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, command: str, takes_a_suite: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([command, "--help"]) == 0
+    assert ("for a suite file" in capsys.readouterr().out) is takes_a_suite
