@@ -22,11 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bench.archive import compress, is_safe, write_archive
 from bench.errors import BenchError, RecordError, StoreError
 from bench.execute import private_texts
 from bench.plan import Cell, Node, Plan
-from bench.record import dump_json, scrub
+from bench.record import Resamples, dump_json, scrub
 from bench.report.build import FOLDER, REPORTS, TABLE_WRITERS, Selection, build_tables
 from bench.store import NodeResult, Store
 from bench.suite import Suite
@@ -186,7 +188,7 @@ class _Packer:
         self.private = private_texts(store, root)
 
     def scrubbed(self, content: Any) -> Any:
-        return scrub(content, self.private)
+        return _scrubbed(content, self.private)
 
     def add_json(self, name: str, content: Any) -> None:
         self.files[name] = dump_json(self.scrubbed(content)).encode()
@@ -211,7 +213,8 @@ class _Packer:
         run = f"{machine}/{record['run_id']}"
         path = self.store.record_path(record["suite"], machine, record["run_id"])
         stored = json.loads(path.read_text(encoding="utf-8"))
-        self.files[f"records/{run}.json"] = path.read_bytes() if scrub(stored, {}) == stored else _dumped(stored)
+        told = _scrubbed(stored, {})
+        self.files[f"records/{run}.json"] = path.read_bytes() if told == stored else dump_json(told).encode()
         for name in _named_files(record.get("environment", {})):
             source = (self.store.root / name).resolve()
             if is_safe(name) and source.is_file() and source.is_relative_to(self.store.root.resolve()):
@@ -282,8 +285,25 @@ def _as_dict(spec: Any) -> dict[str, Any]:
     return dict(spec) if isinstance(spec, Mapping) else spec.model_dump(mode="json", exclude_none=True)
 
 
-def _dumped(record: Any) -> bytes:
-    return dump_json(scrub(record, {})).encode()
+def _scrubbed(content: Any, private: Mapping[str, str]) -> Any:
+    """`scrub`, but for resamples: numbers in base64, which can look like a path."""
+    if isinstance(content, Mapping):
+        if _is_resamples(content):
+            return dict(content)
+        return {scrub(key, private): _scrubbed(value, private) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_scrubbed(item, private) for item in content]
+    return scrub(content, private) if isinstance(content, str) else content
+
+
+def _is_resamples(content: Mapping[str, Any]) -> bool:
+    if "values" not in content:
+        return False
+    try:
+        Resamples.model_validate(content)
+    except ValidationError:
+        return False
+    return True
 
 
 def _named_files(content: Any) -> list[str]:

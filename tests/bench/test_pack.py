@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coco_files import rle_of, tiny_content, write_set
+from fake_worker import LIKE_A_PATH
 from run_records import make_record
 
 from bench.diffbench import main
@@ -20,6 +21,8 @@ from diffinst.evaluation.predictions import PredictionWriter, iter_predictions
 from diffinst.evaluation.scoring import score_split
 
 MACHINE = "some-cpu"
+# Of a metric that scoring does not resample, so that it is not drawn again.
+RESAMPLES = {"segm/APx": {"of": "images", "images": "0", "num_images": 3, "seed": 0, "count": 3, "values": LIKE_A_PATH}}
 DATA = DataConfig(
     dataset="custom",
     val_annotations="set/instances.json",
@@ -41,7 +44,7 @@ def write_node(store: Store, kind: str, spec: dict[str, Any], inputs: list[str],
         duration_s=1.0,
         attempts=1,
         files=files,
-        outputs={"from": str(store.root.resolve())},
+        outputs={"from": str(store.root.resolve()), **({"resamples": RESAMPLES} if kind == "score" else {})},
         environment={"home": str(Path.home() / "secret")},
     )
     folder = store.folder(node_id)
@@ -86,6 +89,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "num_instances": metric("num_instances", scores.num_instances),
         },
         per_class={f"{name}/AP": values for name, values in scores.per_class.items()},
+        resamples=RESAMPLES,
     )
     store.write_record(record, MACHINE)
     return tmp_path
@@ -129,6 +133,19 @@ def test_nothing_private_and_no_image(folder: Path) -> None:
             assert not name.endswith((".png", ".jpg"))
             assert str(folder).encode() not in found.read(name), name
             assert str(Path.home()).encode() not in found.read(name), name
+
+
+def test_resamples_that_look_like_a_path_are_packed_as_they_are(folder: Path) -> None:
+    path = folder / "results" / "steps" / MACHINE / "00ff.json"
+    content = json.loads(path.read_text())
+    path.write_text(dump_json(content | {"log": "/home/ann/x failed"}))  # something to scrub, so that it is dumped anew
+    assert pack() == 0
+    with zipfile.ZipFile(folder / "x.zip") as found:
+        packed = json.loads(found.read(f"records/{MACHINE}/00ff.json"))
+        node = json.loads(found.read("nodes/score-0123456789abcdef.json"))
+    assert packed["log"] == "<path>/x failed"
+    assert packed["resamples"] == RESAMPLES
+    assert node["outputs"] == {"from": "<results>", "resamples": RESAMPLES}
 
 
 def test_a_number_that_is_not_so_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
