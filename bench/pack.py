@@ -2,7 +2,7 @@
 
     suite.yaml, plan.json                       what was asked: the suite as given, its overrides, cells, nodes, tables
     records/MACHINE/RUN_ID.json                 as they are stored
-    evidence/...                                files that records name: a dirty diff, a lock of packages
+    evidence/...                                unchanged, what environments name: a dirty diff, a lock of packages
     nodes/NODE_ID.json                          what nodes noted: times, outputs, the environment of their process
     predictions/NODE_ID/*.jsonl.gz              one line an image
     annotations/NODE_ID.json.gz                 the ground truth of the scored images, as far as scoring reads it
@@ -131,6 +131,7 @@ def pack(
         "machines": sorted(records),
         "annotations": packer.annotations,
         "not_scored_again": packer.without_predictions,
+        "evidence_left_out": packer.evidence_left_out,
     }
     progress(f"writing {len(packer.files)} files")
     digest = write_archive(out, packer.files, packer.scrubbed(facts))
@@ -175,6 +176,15 @@ def find_annotations(data: DataConfig, root: Path | None) -> bytes:
         raise BenchError(f"{paths.annotations}: is no file of annotations ({error})") from error
 
 
+def evidence_of(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Files of the results folder that an environment names with their digest: name -> SHA-256."""
+    found: dict[str, str] = {}
+    for part in environment.values():
+        if isinstance(part, Mapping) and isinstance(part.get("file"), str) and isinstance(part.get("sha256"), str):
+            found[part["file"]] = part["sha256"]
+    return found
+
+
 class _Packer:
     """Collects the files of an archive; each node's once."""
 
@@ -184,6 +194,7 @@ class _Packer:
         self.notes: list[str] = []
         self.annotations: dict[str, dict[str, Any]] = {}
         self.without_predictions: dict[str, str] = {}
+        self.evidence_left_out: dict[str, str] = {}
         root = {} if data_root is None else {str(data_root.absolute()): "<data-root>"}
         self.private = private_texts(store, root)
 
@@ -215,10 +226,7 @@ class _Packer:
         stored = json.loads(path.read_text(encoding="utf-8"))
         told = _scrubbed(stored, {})
         self.files[f"records/{run}.json"] = path.read_bytes() if told == stored else dump_json(told).encode()
-        for name in _named_files(record.get("environment", {})):
-            source = (self.store.root / name).resolve()
-            if is_safe(name) and source.is_file() and source.is_relative_to(self.store.root.resolve()):
-                self.add_text(f"evidence/{name}", source.read_text(encoding="utf-8", errors="replace"))
+        self._add_evidence(record.get("environment", {}))
         done = {kind: self._node(node_id, nodes) for kind, node_id in record["nodes"].items()}
         if record["status"] != "ok" or "score" not in record["nodes"]:
             return
@@ -234,6 +242,24 @@ class _Packer:
                 )
         self._add_annotations(record, with_annotations=with_annotations)
 
+    def _add_evidence(self, environment: Mapping[str, Any]) -> None:
+        """The files that an environment names, as they are: what goes beside records was vetted when it was written."""
+        for name, sha256 in evidence_of(environment).items():
+            if f"evidence/{name}" in self.files or name in self.evidence_left_out:
+                continue
+            source = (self.store.root / name).resolve()
+            if not is_safe(name) or not source.is_relative_to(self.store.root.resolve()):
+                why = "it is not among what may be published"
+            elif not source.is_file():
+                why = "it is not in the results folder"
+            elif hashlib.sha256(data := source.read_bytes()).hexdigest() != sha256:
+                why = f"it has changed since it was written: its SHA-256 is no longer {sha256}"
+            else:
+                self.files[f"evidence/{name}"] = data
+                continue
+            self.evidence_left_out[name] = why
+            self.notes.append(f"evidence/{name}: left out: {why}")
+
     def _node(self, node_id: str, nodes: dict[str, Any]) -> NodeResult | None:
         try:
             done = self.store.result(node_id)
@@ -242,6 +268,7 @@ class _Packer:
             return None
         if done is not None:
             nodes.setdefault(node_id, {"id": node_id, "kind": done.kind, "inputs": done.inputs, "spec": done.spec})
+            self._add_evidence(done.environment)
             if f"nodes/{node_id}.json" not in self.files:
                 self.add_json(f"nodes/{node_id}.json", done.model_dump(mode="json"))
         return done
@@ -304,12 +331,3 @@ def _is_resamples(content: Mapping[str, Any]) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def _named_files(content: Any) -> list[str]:
-    """Every text in an environment that could name a file of the results folder."""
-    if isinstance(content, Mapping):
-        return [name for value in content.values() for name in _named_files(value)]
-    if isinstance(content, list):
-        return [name for value in content for name in _named_files(value)]
-    return [content] if isinstance(content, str) and "/" in content and len(content) < 200 else []

@@ -19,7 +19,7 @@ from bench.archive import check_archive, read_entries
 from bench.claims import LOCK_NAME, check_lock
 from bench.errors import BenchError, RecordError
 from bench.measure.accuracy import measure_accuracy
-from bench.pack import FORMAT, find_annotations
+from bench.pack import FORMAT, evidence_of, find_annotations
 from bench.plan import Cell
 from bench.record import RunRecord, load_record
 from bench.report.build import TABLE_WRITERS, build_tables, select
@@ -124,7 +124,9 @@ class _Verifier:
         self.specs = {node["id"]: node["spec"] for node in self.plan["nodes"]}
         self.findings: list[str] = []
         self.notes: list[str] = []
-        self.roots: dict[str, Path] = {}
+        self.names = {entry["name"] for entry in manifest["files"]}
+        self.left_out: dict[str, str] = manifest.get("evidence_left_out", {})
+        self.evidence: set[tuple[str, str]] = set()  # looked at
 
     def verify(self, *, rescore: bool) -> Verified:
         scored = tables = 0
@@ -133,9 +135,13 @@ class _Verifier:
             return Verified(("records/: there is no record in the archive",))
         for machine in machines:
             records = self._records(machine)
+            for record in records:
+                self._check_evidence(f"records/{machine.name}/{record.run_id}.json", record.environment)
             if rescore:
                 scored += self._score(machine.name, records)
             tables += self._tables(machine.name, records)
+        for path in sorted((self.folder / "nodes").glob("*.json")):
+            self._check_evidence(f"nodes/{path.name}", json.loads(path.read_text(encoding="utf-8"))["environment"])
         if (self.folder / "claims").is_dir():
             self.findings += [f"claims/{LOCK_NAME}: {found.message}" for found in check_lock(self.folder / "claims")]
         if rescore and not scored and not self.findings:
@@ -152,6 +158,22 @@ class _Verifier:
             except RecordError as error:
                 self.findings.append(str(error).replace(f"{self.folder}/", ""))
         return found
+
+    def _check_evidence(self, place: str, environment: Mapping[str, Any]) -> None:
+        """Are the files that an environment names there, and those that it means? Each is told of once."""
+        for name, sha256 in evidence_of(environment).items():
+            path = self.folder / "evidence" / name
+            if (name, sha256) in self.evidence:
+                continue
+            self.evidence.add((name, sha256))
+            if f"evidence/{name}" in self.names:
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+                if found != sha256:
+                    self.findings.append(f"evidence/{name}: its SHA-256 is {found}, and {place} names {sha256}")
+            elif name in self.left_out:
+                self.notes.append(f"evidence/{name}: not in the archive: {self.left_out[name]}")
+            else:
+                self.findings.append(f"evidence/{name}: is not in the archive, and {place} names it")
 
     def _score(self, machine: str, records: list[RunRecord]) -> int:
         scored = 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from coco_files import rle_of, tiny_content, write_set
 from fake_worker import LIKE_A_PATH
 from run_records import make_record
 
+from bench.archive import write_archive
 from bench.diffbench import main
 from bench.record import dump_json, metric
 from bench.store import NodeResult, Store
@@ -99,6 +101,22 @@ def pack(*arguments: str, out: str = "x.zip") -> int:
     return main(["pack", "results/steps", "--data-root", ".", "--out", out, *arguments])
 
 
+def packed_files(name: str = "x.zip") -> dict[str, bytes]:
+    with zipfile.ZipFile(name) as found:
+        return {entry: found.read(entry) for entry in found.namelist()}
+
+
+def rewrite(changes: dict[str, bytes | None]) -> None:
+    """x.zip as y.zip, with other content (None: without the file) and a manifest that fits."""
+    files: dict[str, bytes | Path] = {**packed_files()}
+    manifest = json.loads(files.pop("manifest.json"))  # type: ignore[arg-type]
+    for name, data in changes.items():
+        files.pop(name)
+        if data is not None:
+            files[name] = data
+    write_archive(Path("y.zip"), files, {key: manifest[key] for key in manifest if key not in ("version", "files")})
+
+
 def change_record(folder: Path, **changes: Any) -> None:
     path = folder / "results" / "steps" / MACHINE / "00ff.json"
     content = json.loads(path.read_text())
@@ -140,9 +158,10 @@ def test_resamples_that_look_like_a_path_are_packed_as_they_are(folder: Path) ->
     content = json.loads(path.read_text())
     path.write_text(dump_json(content | {"log": "/home/ann/x failed"}))  # something to scrub, so that it is dumped anew
     assert pack() == 0
-    with zipfile.ZipFile(folder / "x.zip") as found:
-        packed = json.loads(found.read(f"records/{MACHINE}/00ff.json"))
-        node = json.loads(found.read("nodes/score-0123456789abcdef.json"))
+    files = packed_files()
+    packed, node = (
+        json.loads(files[name]) for name in (f"records/{MACHINE}/00ff.json", "nodes/score-0123456789abcdef.json")
+    )
     assert packed["log"] == "<path>/x failed"
     assert packed["resamples"] == RESAMPLES
     assert node["outputs"] == {"from": "<results>", "resamples": RESAMPLES}
@@ -203,19 +222,8 @@ def test_a_record_without_its_predictions(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_table_that_the_records_do_not_give_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from bench.archive import check_archive, read_entries, write_archive
-
     assert pack() == 0
-    manifest = check_archive(folder / "x.zip").manifest
-    assert manifest is not None
-    with zipfile.ZipFile(folder / "x.zip") as found:
-        files: dict[str, bytes | Path] = {
-            name: found.read(name) for name in found.namelist() if name != "manifest.json"
-        }
-    assert dict(read_entries(folder / "x.zip", manifest))["plan.json"] == files["plan.json"]
-    files["report/some-cpu/cells.csv"] = b"segm/AP\n1.0\n"
-    facts = {name: value for name, value in manifest.items() if name not in ("version", "files")}
-    write_archive(folder / "y.zip", files, facts)
+    rewrite({"report/some-cpu/cells.csv": b"segm/AP\n1.0\n"})
     capsys.readouterr()
     assert main(["verify-pack", "y.zip"]) == 1
     assert capsys.readouterr().out == "report/some-cpu/cells.csv: is not what the records give\n"
@@ -254,3 +262,56 @@ def test_none_is_overwritten(folder: Path) -> None:
     (folder / "x.zip").write_text("mine")
     assert pack() == 2
     assert (folder / "x.zip").read_text() == "mine"
+
+
+PATCH = b"""\
+--- /dev/null
++++ b/bench/x.py
+@@ -0,0 +1 @@
++# caf\xe9
+"""
+
+
+def name_evidence(folder: Path, **named: tuple[str, bytes]) -> None:
+    """Part of the environment -> (path in the results folder, content): the record names it, and it is written."""
+    path = folder / "results" / "steps" / MACHINE / "00ff.json"
+    content = json.loads(path.read_text())
+    for part, (name, data) in named.items():
+        content["environment"][part] = {"sha256": hashlib.sha256(data).hexdigest(), "file": name}
+        source = folder / "results" / name
+        source.parent.mkdir(exist_ok=True)
+        source.write_bytes(data)
+    path.write_text(dump_json(content))
+
+
+def test_evidence_is_packed_unchanged_and_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name_evidence(folder, diff=("provenance/1.patch", PATCH), packages_lock=("provenance/2.lock.txt", b"numpy==1\n"))
+    assert pack() == 0
+    files = packed_files()
+    assert files["evidence/provenance/1.patch"] == PATCH
+    assert files["evidence/provenance/2.lock.txt"] == b"numpy==1\n"
+    assert main(["verify-pack", "x.zip"]) == 0
+    rewrite({"evidence/provenance/1.patch": PATCH + b"+\n", "evidence/provenance/2.lock.txt": None})
+    capsys.readouterr()
+    assert main(["verify-pack", "y.zip", "--no-rescore"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("evidence/provenance/1.patch: its SHA-256 is ")
+    assert lines[0].endswith(f"and records/some-cpu/00ff.json names {hashlib.sha256(PATCH).hexdigest()}")
+    assert lines[1] == (
+        "evidence/provenance/2.lock.txt: is not in the archive, and records/some-cpu/00ff.json names it"
+    )
+
+
+def test_evidence_that_is_left_out_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name_evidence(folder, diff=(".store/provenance/1.patch", PATCH), packages_lock=("provenance/2.lock.txt", b"1"))
+    (folder / "results/provenance/2.lock.txt").write_bytes(b"2")
+    assert pack() == 0
+    assert not [name for name in packed_files() if name.startswith("evidence/")]
+    out = capsys.readouterr().out
+    assert "note: evidence/.store/provenance/1.patch: left out: it is not among what may be published\n" in out
+    assert "note: evidence/provenance/2.lock.txt: left out: it has changed since it was written" in out
+    assert main(["verify-pack", "x.zip"]) == 0
+    out = capsys.readouterr().out
+    assert "note: evidence/.store/provenance/1.patch: not in the archive: it is not among" in out
+    assert "note: evidence/provenance/2.lock.txt: not in the archive: it has changed" in out
