@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bench.archive import compress, is_safe, write_archive
+from bench.claims import LOCK_NAME
 from bench.errors import BenchError, RecordError, StoreError
 from bench.execute import private_texts
 from bench.plan import Cell, Node, Plan
@@ -90,13 +91,19 @@ def pack(
     if suite is not None:
         packer.add_text("suite.yaml", suite.path.read_text(encoding="utf-8"))
         if suite.claims is not None and claims is not None:
-            for path in [*sorted(claims.glob("*.yaml")), claims / "claims.lock"]:
+            if not (claims / LOCK_NAME).is_file():
+                raise BenchError(
+                    f"--claims {claims}: has no {LOCK_NAME}, and {suite.path} is tied to claims. "
+                    "Give the folder of the claim files"
+                )
+            for path in [*sorted(claims.glob("*.yaml")), claims / LOCK_NAME]:
                 packer.add_text(f"claims/{path.name}", path.read_text(encoding="utf-8"))
             for path in sorted((results / REPORTS / "paper").glob(f"{suite.name}.*")):
                 packer.add_file(f"report/paper/{path.name}", path)
     nodes: dict[str, Any] = {}
     if plan is not None:
-        nodes = {node.id: _node(node) for node in plan.nodes.values()}
+        nodes = {node.id: packer.node(node) for node in plan.nodes.values()}
+        packer.notes += _other_nodes(records, plan)
     for machine, found in records.items():
         for number, record in enumerate(found, start=1):
             progress(f"{machine}: record {number} of {len(found)}")
@@ -114,11 +121,15 @@ def pack(
                 elif path.suffix in (".png", ".svg", ".html"):
                     packer.add_file(f"report/{machine}/{path.name}", path)
     if packer.without_predictions and not partial:
-        first = next(iter(packer.without_predictions.items()))
+        run, why = next(iter(packer.without_predictions.items()))
+        lacking = {name.partition("/")[0] for name in packer.without_predictions}
+        others = ", ".join(machine for machine, found in records.items() if found and machine not in lacking)
+        ways = ["Run the suite here"]
+        ways += [f"choose a --machine that has all of its own ({others})"] if others else []
+        ways += [f"or pack {'the rest' if others else 'it'} with --partial"]
         raise RecordError(
-            f"{first[0]}: its predictions are not stored in {packer.store.nodes_folder} ({first[1]}; so for "
-            f"{len(packer.without_predictions)} records). Run the suite here, choose a --machine, or pack the rest "
-            "with --partial"
+            f"{run}: its predictions are not stored in {packer.store.nodes_folder}, or not what scores them ({why}; "
+            f"so for {len(packer.without_predictions)} records of {', '.join(sorted(lacking))}). {', '.join(ways)}"
         )
     packer.notes += [f"{run}: cannot be scored again: {why}" for run, why in packer.without_predictions.items()]
     packer.add_json(
@@ -218,6 +229,13 @@ class _Packer:
                 data = re.sub(pattern, mark.replace("\\", r"\\").encode(), data)
         self.files[name] = data
 
+    def node(self, node: Node | NodeResult) -> dict[str, Any]:
+        """All that its id is made of, without its options, which name folders of this machine."""
+        told = {"id": node.id, "kind": node.kind, "inputs": list(node.inputs), "spec": node.spec}
+        if self.scrubbed(node.spec) != node.spec:
+            return told  # nobody can make the id again out of settings that are not told
+        return told | {"code": node.code, "content": node.content, "spec_id": node.spec_id}
+
     def add_record(
         self, machine: str, record: Mapping[str, Any], nodes: dict[str, Any], *, with_annotations: bool
     ) -> None:
@@ -233,6 +251,9 @@ class _Packer:
         predicted = done.get("predict")
         if predicted is None:
             self.without_predictions[run] = f"no complete node {record['nodes'].get('predict', 'predict')}"
+            return
+        if record["nodes"]["score"] not in nodes:
+            self.without_predictions[run] = f"no complete node {record['nodes']['score']}"
             return
         folder = self.store.folder(predicted.id)
         for name in sorted(predicted.files):
@@ -267,7 +288,7 @@ class _Packer:
             self.notes.append(str(self.scrubbed(str(error))))
             return None
         if done is not None:
-            nodes.setdefault(node_id, {"id": node_id, "kind": done.kind, "inputs": done.inputs, "spec": done.spec})
+            nodes.setdefault(node_id, self.node(done))
             self._add_evidence(done.environment)
             if f"nodes/{node_id}.json" not in self.files:
                 self.add_json(f"nodes/{node_id}.json", done.model_dump(mode="json"))
@@ -303,9 +324,24 @@ def _cell(cell: Cell) -> dict[str, Any]:
     return asdict(cell)
 
 
-def _node(node: Node) -> dict[str, Any]:
-    """Without its options, which name folders of this machine."""
-    return {"id": node.id, "kind": node.kind, "inputs": list(node.inputs), "spec": node.spec}
+def _other_nodes(records: Mapping[str, Sequence[Mapping[str, Any]]], plan: Plan) -> list[str]:
+    """A note on records that name other nodes than the plan does."""
+    planned = {cell.run_id: set(cell.nodes.values()) for cell in plan.cells if not cell.missing}
+    # The node of a latency has the device in it, which a plan without one does not know.
+    other = [
+        f"{machine}/{record['run_id']}"
+        for machine, found in records.items()
+        for record in found
+        if not planned.get(record["run_id"], set()).issuperset(
+            node_id for kind, node_id in record["nodes"].items() if kind != "latency"
+        )
+    ]
+    if not other:
+        return []
+    return [
+        f"{len(other)} records are of other code or files than today's, or their data set is not here: "
+        f"`diffbench explain {other[0].partition('/')[2]}` says more"
+    ]
 
 
 def _as_dict(spec: Any) -> dict[str, Any]:

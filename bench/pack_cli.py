@@ -32,8 +32,10 @@ def pack_command(
     partial: Annotated[bool, typer.Option("--partial", help="pack records without stored predictions, too")] = False,
 ) -> None:
     """Pack plan, records, predictions, ground truth, claims and report of a suite into one archive."""
+    from bench.fingerprints import fingerprints_for, save_if_possible
     from bench.pack import pack
     from bench.plan import build_plan
+    from bench.store import Store
     from bench.suite import load_suite
 
     if out.suffix != ".zip":
@@ -44,7 +46,13 @@ def pack_command(
     loaded = plan = None
     if path.suffix in {".yaml", ".yml"}:
         loaded = load_suite(path, overrides or [])
-        plan = build_plan(loaded, data_root=data_root)
+        # With the content of files, without which no node has the id that its records name.
+        shown = _shown()
+        contents = fingerprints_for(
+            Store(results).nodes_folder, lambda done, total: shown(f"reading data sets: file {done} of {total}")
+        )
+        plan = build_plan(loaded, data_root=data_root, contents=contents)
+        save_if_possible(contents)
         name = loaded.name
     elif overrides:
         raise BenchError(f"--set needs a suite file; '{suite}' is none. Leave it out")

@@ -20,7 +20,7 @@ from bench.claims import LOCK_NAME, check_lock
 from bench.errors import BenchError, RecordError
 from bench.measure.accuracy import measure_accuracy
 from bench.pack import FORMAT, evidence_of, find_annotations
-from bench.plan import Cell
+from bench.plan import Cell, make_id
 from bench.record import RunRecord, load_record
 from bench.report.build import TABLE_WRITERS, build_tables, select
 from diffinst.config import DataConfig
@@ -142,6 +142,7 @@ class _Verifier:
             tables += self._tables(machine.name, records)
         for path in sorted((self.folder / "nodes").glob("*.json")):
             self._check_evidence(f"nodes/{path.name}", json.loads(path.read_text(encoding="utf-8"))["environment"])
+        self._check_ids()
         if (self.folder / "claims").is_dir():
             self.findings += [f"claims/{LOCK_NAME}: {found.message}" for found in check_lock(self.folder / "claims")]
         if rescore and not scored and not self.findings:
@@ -158,6 +159,19 @@ class _Verifier:
             except RecordError as error:
                 self.findings.append(str(error).replace(f"{self.folder}/", ""))
         return found
+
+    def _check_ids(self) -> None:
+        """Is each node's id that of its settings, inputs, code and files?"""
+        spec_ids = {node["id"]: node.get("spec_id") for node in self.plan["nodes"]}
+        for node in self.plan["nodes"]:
+            if not node.get("code"):
+                continue  # older than digests of code in ids, or of settings that are not told
+            found = make_id(node["kind"], node["spec"], node["inputs"], node["code"], node["content"])
+            if found != node["id"]:
+                self.findings.append(f"plan.json: the node {node['id']} has the id {found} by what it is made of")
+            inputs = [spec_ids.get(source) for source in node["inputs"]]
+            if all(inputs) and node["spec_id"] != make_id(node["kind"], node["spec"], [str(text) for text in inputs]):
+                self.findings.append(f"plan.json: the node {node['id']} has another spec_id by what it is made of")
 
     def _check_evidence(self, place: str, environment: Mapping[str, Any]) -> None:
         """Are the files that an environment names there, and those that it means? Each is told of once."""
@@ -186,10 +200,17 @@ class _Verifier:
             if left_out is not None:
                 self.notes.append(f"{place}: not scored again: {left_out}")
                 continue
+            score = record.nodes["score"]
+            if score not in self.specs:
+                self.findings.append(
+                    f"{place}: its node {score} is not in plan.json, so how to score it is not known. Pack it again "
+                    "where that node is stored"
+                )
+                continue
             try:
                 annotations = self._annotations(record)
                 predictions = self.folder / "predictions" / record.nodes["predict"]
-                outputs = rescore_cell(record, self.specs[record.nodes["score"]], annotations, predictions)
+                outputs = rescore_cell(record, self.specs[score], annotations, predictions)
             except DiffInstError as error:
                 if isinstance(error, _NeedsDataRoot):
                     raise

@@ -4,24 +4,31 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from coco_files import rle_of, tiny_content, write_set
+from coco_files import block_mask, rle_of, tiny_content, write_set
 from fake_worker import LIKE_A_PATH
+from lvis_files import tiny_lvis, write_lvis
 from run_records import make_record
 
 from bench.archive import write_archive
 from bench.diffbench import main
-from bench.record import dump_json, metric
+from bench.fingerprints import Fingerprints
+from bench.measure.accuracy import measure_accuracy
+from bench.plan import Node, build_plan, make_id
+from bench.record import dump_json, load_record, metric
 from bench.store import NodeResult, Store
+from bench.suite import Suite, load_suite
 from diffinst.config import DataConfig
 from diffinst.evaluation.predictions import PredictionWriter, iter_predictions
 from diffinst.evaluation.scoring import score_split
 
+ROOT = Path(__file__).parents[2]
 MACHINE = "some-cpu"
 # Of a metric that scoring does not resample, so that it is not drawn again.
 RESAMPLES = {"segm/APx": {"of": "images", "images": "0", "num_images": 3, "seed": 0, "count": 3, "values": LIKE_A_PATH}}
@@ -315,3 +322,199 @@ def test_evidence_that_is_left_out_is_noted(folder: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "note: evidence/.store/provenance/1.patch: not in the archive: it is not among" in out
     assert "note: evidence/provenance/2.lock.txt: not in the archive: it has changed" in out
+
+
+SUITE = """\
+name: steps
+data:
+  dataset: custom
+  annotation_format: {format}
+  train_annotations: set/{file}
+  train_images: set/{images}
+  val_annotations: set/{file}
+  val_images: set/{images}
+model: {{backbone: tiny}}
+axes: {{product: {{sampling_steps: [1, 4]}}}}
+measure: {{latency: false, memory: false, flops: false}}
+"""
+
+
+def detections(image_id: int, *found: tuple[int, float, tuple[int, int, int, int]]) -> dict[str, Any]:
+    """Of (category, score, xyxy box), their masks filling their boxes."""
+    return {
+        "image_id": image_id,
+        "category_id": [category for category, _, _ in found],
+        "score": [score for _, score, _ in found],
+        "bbox": [[float(x1), float(y1), float(x2 - x1), float(y2 - y1)] for _, _, (x1, y1, x2, y2) in found],
+        "segmentation": [rle_of(block_mask((20, 30), box)) for _, _, box in found],
+    }
+
+
+def store_run(folder: Path, *, is_lvis: bool = False, more: str = "") -> Suite:
+    """`s.yaml` of a small set, with stored nodes and a record of each cell, as run-suite leaves them."""
+    if is_lvis:
+        annotations, _ = write_lvis(folder / "set", tiny_lvis())
+    else:
+        annotations, _ = write_set(folder / "set", tiny_content())
+    names = {"format": "lvis", "images": "coco"} if is_lvis else {"format": "coco", "images": "images"}
+    (folder / "s.yaml").write_text(SUITE.format(file=annotations.name, **names) + more)
+    suite = load_suite(folder / "s.yaml")
+    plan = build_plan(suite, contents=Fingerprints())
+    store = Store(folder / "results")
+    store.root.mkdir()
+    with store.lock(), tempfile.TemporaryDirectory() as tables:
+        for node in plan.nodes.values():
+            files: dict[str, int] = {}
+            if node.kind == "predict":
+                with PredictionWriter(store.folder(node.id) / "predictions") as writer:
+                    for image_id in (5, 8, 11):
+                        writer.add(detections(image_id, (7, 0.9, (2, 4, 11, 14)), (3, 0.4, (10, 2, 30, 8))))
+                shard = next((store.folder(node.id) / "predictions").glob("*.jsonl"))
+                files = {f"predictions/{shard.name}": shard.stat().st_size}
+            keep_node(store, node, files)
+        for cell in plan.cells:
+            data = DataConfig.model_validate(cell.config["data"])
+            found = measure_accuracy(
+                data,
+                annotations,
+                iter_predictions(store.folder(cell.nodes["predict"]) / "predictions"),
+                Path(tables),
+                iou_types=("bbox", "segm"),
+            ).outputs()
+            assert found["metrics"]["segm/AP"]["value"]
+            changes = {key: found[key] for key in ("metrics", "per_class", "resamples")}
+            stored = make_record(
+                **changes,
+                run_id=cell.run_id,
+                label=cell.label,
+                axes=cell.axes,
+                config=cell.config,
+                nodes=cell.nodes,
+                code=cell.code,
+            )
+            store.write_record(stored, MACHINE)
+    return suite
+
+
+def keep_node(store: Store, node: Node, files: dict[str, int]) -> None:
+    content = {name: getattr(node, name) for name in ("id", "kind", "spec", "spec_id", "code", "content")}
+    done = NodeResult(
+        **content,
+        inputs=list(node.inputs),
+        started_at="2026-01-02T03:04:05Z",
+        finished_at="2026-01-02T03:04:06Z",
+        duration_s=1.0,
+        attempts=1,
+        files=files,
+        outputs={},
+        environment={},
+    )
+    store.folder(node.id).mkdir(exist_ok=True)
+    (store.folder(node.id) / "done.json").write_text(dump_json(done.model_dump()))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pack_suite(*arguments: str, out: str = "x.zip") -> int:
+    return main(["pack", "s.yaml", "--out", out, *arguments])
+
+
+@pytest.mark.parametrize("is_lvis", [False, True])
+def test_the_plan_of_a_suite_has_the_nodes_of_its_records(
+    here: Path, capsys: pytest.CaptureFixture[str], *, is_lvis: bool
+) -> None:
+    store_run(here, is_lvis=is_lvis)
+    assert pack_suite() == 0
+    assert "note: " not in capsys.readouterr().out
+    files = packed_files()
+    plan = json.loads(files["plan.json"])
+    records = [json.loads(data) for name, data in files.items() if name.startswith("records/")]
+    assert len(records) == 2
+    in_records = {node_id for found in records for node_id in found["nodes"].values()}
+    assert in_records <= {node["id"] for node in plan["nodes"]}
+    assert {node_id for cell in plan["cells"] for node_id in cell["nodes"].values()} == in_records
+    for node in plan["nodes"]:
+        made = make_id(node["kind"], node["spec"], node["inputs"], node["code"], node["content"])
+        assert made == node["id"]
+        assert bool(node["content"]) == (node["kind"] == "dataset")
+    for folder in ("results", "set"):
+        (here / folder).rename(here / f"{folder} gone")
+    assert main(["verify-pack", "x.zip"]) == 0
+    assert "2 cells scored again to the same numbers" in capsys.readouterr().out
+
+
+def test_a_node_that_is_not_what_its_id_says_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store_run(here)
+    assert pack_suite() == 0
+    plan = json.loads(packed_files()["plan.json"])
+    node = next(node for node in plan["nodes"] if node["kind"] == "dataset")
+    node["content"] = "0123456789abcdef"
+    rewrite({"plan.json": dump_json(plan).encode()})
+    capsys.readouterr()
+    assert main(["verify-pack", "y.zip", "--no-rescore"]) == 1
+    assert capsys.readouterr().out.startswith(f"plan.json: the node {node['id']} has the id dataset-")
+
+
+def test_records_of_other_files_than_todays_are_noted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store_run(here)
+    next((here / "set" / "images").glob("*.png")).write_bytes(b"another picture")
+    assert pack_suite() == 0
+    assert "note: 2 records are of other code or files than today's" in capsys.readouterr().out
+    assert main(["verify-pack", "x.zip"]) == 0
+
+
+def test_a_score_node_that_is_gone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack() == 0
+    plan = json.loads(packed_files()["plan.json"])
+    plan["nodes"] = [node for node in plan["nodes"] if node["kind"] != "score"]
+    rewrite({"plan.json": dump_json(plan).encode()})
+    capsys.readouterr()
+    assert main(["verify-pack", "y.zip"]) == 1
+    assert (
+        "(sampling_steps=1 seed=0): its node score-0123456789abcdef is not in plan.json, so how to score it is not "
+        "known. Pack it again where that node is stored\n"
+    ) in capsys.readouterr().out
+    (folder / "results/.store/score-0123456789abcdef/done.json").unlink()
+    assert pack(out="z.zip") == 2
+    assert "(no complete node score-0123456789abcdef; so for 1 records of some-cpu)" in capsys.readouterr().err
+
+
+def test_a_machine_without_predictions_beside_one_with_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = load_record(folder / "results" / "steps" / MACHINE / "00ff.json")
+    nodes = {kind: f"{kind}-ffffffffffffffff" for kind in first.nodes}
+    Store(folder / "results").write_record(first.model_copy(update={"nodes": nodes}), "other-gpu")
+    assert pack() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diffbench: other-gpu/00ff: its predictions are not stored in ")
+    assert "so for 1 records of other-gpu). Run the suite here, choose a --machine that has all" in error
+    assert "of its own (some-cpu), or pack the rest with --partial" in error
+    assert pack("--machine", MACHINE, out="y.zip") == 0
+    assert pack("--machine", "other-gpu", out="z.zip") == 2
+    assert "Run the suite here, or pack it with --partial" in capsys.readouterr().err
+    assert pack("--partial") == 0
+    capsys.readouterr()
+    assert main(["verify-pack", "x.zip"]) == 0
+    out = capsys.readouterr().out
+    assert "note: records/other-gpu/00ff.json (sampling_steps=1 seed=0): not scored again: no complete node" in out
+    assert "1 cell scored again to the same numbers, 6 tables" in out
+
+
+def test_claims_go_along_and_are_held_to_their_lock(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tie = "claims: [{claim: diffinst-coco-val-r50-1, cell: {sampling_steps: 1}}]\n"
+    store_run(here, more=tie)
+    assert pack_suite("--claims", "nowhere") == 2
+    assert "--claims nowhere" in capsys.readouterr().err
+    assert pack_suite("--claims", str(ROOT / "suites" / "claims")) == 0
+    files = packed_files()
+    for path in [*(ROOT / "suites" / "claims").glob("*.yaml"), ROOT / "suites" / "claims" / "claims.lock"]:
+        assert files[f"claims/{path.name}"] == path.read_bytes()
+    assert main(["verify-pack", "x.zip"]) == 0
+    changed = files["claims/other_paper.yaml"].replace(b"value: 60.6", b"value: 90.6")
+    rewrite({"claims/other_paper.yaml": changed})
+    capsys.readouterr()
+    assert main(["verify-pack", "y.zip", "--no-rescore"]) == 1
+    assert "90.6, but claims.lock:" in capsys.readouterr().out
