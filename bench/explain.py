@@ -1,11 +1,13 @@
 """Why a run is what it is: each component of its identity, who set it, and why it is stored or stale. Loads no torch.
 
 A run's nodes have ids of four components: settings, inputs, code and files. For each node this says what they are, and
-against what is stored under other ids for the same settings, which of them changed.
+against what is stored under other ids for the same settings, which of them changed. The environment is no part of an
+id: each record tells its own.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError, RecordError
-from bench.origins import origin_of
+from bench.origins import origin_of, origin_of_measure
 from bench.outlook import change_reasons
 from bench.plan import Cell, Node, PastNode, Plan
 from bench.record import RunRecord, load_record
@@ -50,9 +52,11 @@ class Explanation:
     nodes: tuple[NodeExplanation, ...]
 
 
-def find_cell(plan: Plan, run: str) -> Cell:
+def find_cell(plan: Plan, run: str, recorded_with: Sequence[str] = ()) -> Cell:
     """The cell that `run` names: a run id or the beginning of one, a record file, or a label.
 
+    Args:
+        recorded_with: the `--set` arguments that a record of it was made with and that the plan lacks, for the message.
     Raises:
         BenchError: none or several.
     """
@@ -63,7 +67,20 @@ def find_cell(plan: Plan, run: str) -> Cell:
     known = ", ".join(f"{cell.run_id} ({cell.label})" for cell in (found or plan.cells)[:4])
     more = "" if len(found or plan.cells) <= 4 else ", ..."
     what = f"names {len(found)} runs" if found else "names no run of the suite"
+    if recorded_with and not found:
+        same = " ".join(f"--set {shlex.quote(text)}" for text in recorded_with)
+        raise BenchError(f"'{run}' {what} as it is here: it was recorded with {same}. Give the same")
     raise BenchError(f"'{run}' {what}. Give one of: {known}{more}")
+
+
+def recorded_overrides(record: RunRecord) -> tuple[str, ...]:
+    """The `--set` arguments of the command that made a record."""
+    try:
+        words = shlex.split(record.command)
+    except ValueError:  # nobody's shell wrote it
+        return ()
+    found = [following for word, following in zip(words, words[1:]) if word == "--set"]
+    return tuple(found + [word.removeprefix("--set=") for word in words if word.startswith("--set=")])
 
 
 def explain_run(plan: Plan, cell: Cell, suite: Suite, store: Store) -> Explanation:
@@ -120,12 +137,31 @@ def _settings(spec: Mapping[str, Any], suite: Suite, cell: SuiteCell) -> Iterato
                 yield Component(f"{section}.{inner}", axis_value_text(content), origin)
         elif section == "data":
             yield Component(f"data.{name}", axis_value_text(value), origin_of(suite, cell, "data", name))
+        elif name == "measure" and isinstance(value, Mapping):
+            for inner, content in sorted(value.items()):
+                yield Component(f"measure.{inner}", axis_value_text(content), origin_of_measure(suite, inner))
         else:
-            yield Component(name, axis_value_text(value), _measure_origin(name, suite))
+            yield Component(name, axis_value_text(value), _derived_origin(name, spec, suite, cell))
 
 
-def _measure_origin(name: str, suite: Suite) -> str:
-    return f"{suite.path} (measure)" if name == "measure" else ""
+def _derived_origin(name: str, spec: Mapping[str, Any], suite: Suite, cell: SuiteCell) -> str:
+    """Where a setting comes from that is no field of the suite."""
+
+    def follows(section: str, *fields: str) -> str:
+        return ", ".join(f"{section}.{field} at {origin_of(suite, cell, section, field)}" for field in fields)
+
+    splits = spec.get("splits", [])
+    if name == "splits":
+        why = "its parameters give both" if len(splits) == 2 else "a split is a node of its own"
+        return f"{why}: {follows('data', 'dataset')}"
+    if name == "iou_types":
+        return f"follows from {follows('model', 'mask')}"
+    if name == "protocol":
+        return f"follows from {follows('data', 'dataset', 'annotation_format')}"
+    if name in ("image_ids", "annotations") and len(splits) == 1:
+        field = f"{splits[0]}_{name}"
+        return f"content of {follows('data', field)}"
+    return "not --device: left to the run" if name == "device" else ""
 
 
 def _data_fields() -> Mapping[str, Any]:
@@ -155,6 +191,7 @@ def to_lines(explanation: Explanation) -> list[str]:
     for path, record in explanation.records:
         commits = {run.commit[:12] if run.commit else "unknown" for run in record.node_runs.values()}
         lines.append(f"record   {path}: {record.status}, {record.finished_at}, commit {', '.join(sorted(commits))}")
+        lines.append(f"         environment {record.environment_id or 'not told: older than its ids'}")
         lines.append(f"         {_record_state(record, current)}")
     if not explanation.records:
         lines.append("record   none in this results folder")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bench.errors import BenchError
-from bench.explain import explain_run, find_cell, to_lines
+from bench.errors import BenchError, RecordError
+from bench.explain import explain_run, find_cell, recorded_overrides, to_lines
 from bench.fingerprints import fingerprints_for
 from bench.plan import build_plan
 from bench.record import load_record
@@ -35,7 +37,7 @@ def explain_command(
     checked = load_suite(suite or _suite_of(run, results), overrides or [])
     store = Store(results)
     plan = build_plan(checked, data_root=root, contents=fingerprints_for(store.nodes_folder))
-    cell = find_cell(plan, run)
+    cell = find_cell(plan, run, _other_overrides(run, results, checked.overrides))
     for line in to_lines(explain_run(plan, cell, checked, store)):
         print(line)
 
@@ -46,8 +48,7 @@ def _suite_of(run: str, results: Path) -> Path:
     Raises:
         BenchError: no record, or no such suite here.
     """
-    path = Path(run)
-    found = [path] if path.suffix == ".json" else sorted(results.glob(f"[!.]*/*/{run}*.json"))
+    found = _record_files(run, results)
     if not found:
         raise BenchError(f"'{run}': no record of it in {results}. Give its suite with --suite SUITE")
     name = load_record(found[0]).suite
@@ -55,3 +56,23 @@ def _suite_of(run: str, results: Path) -> Path:
     if not suite.is_file():
         raise BenchError(f"'{run}': no file {suite}. Give its suite with --suite SUITE")
     return suite
+
+
+def _record_files(run: str, results: Path) -> list[Path]:
+    path = Path(run)
+    if path.suffix == ".json":
+        return [path]
+    # A label may have characters that mean something in a pattern.
+    return sorted(results.glob(f"[!.]*/*/{glob.escape(run)}*.json")) if "/" not in run else []
+
+
+def _other_overrides(run: str, results: Path, given: Sequence[str]) -> tuple[str, ...]:
+    """The `--set` arguments of the first record of a run that was made with others than those given; or none."""
+    for path in _record_files(run, results):
+        try:
+            recorded = recorded_overrides(load_record(path))
+        except RecordError:
+            continue
+        if recorded and set(recorded) != set(given):
+            return recorded
+    return ()

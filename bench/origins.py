@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from bench.suite import Suite, SuiteCell
-from bench.yaml_source import Place
+from bench.yaml_source import Place, read_yaml
 from diffinst import config as config_module
 from diffinst.config import RELEASED, SECTIONS
 
@@ -37,6 +37,17 @@ def origin_of(suite: Suite, cell: SuiteCell, section: str, name: str) -> str:
         return "preset: released" + ("" if place is None else f", {place_text(place)}")
     line = _default_lines().get((SECTIONS[section].__name__, name))
     return f"diffinst/config.py{'' if line is None else f':{line}'} (default)"
+
+
+def origin_of_measure(suite: Suite, name: str) -> str:
+    """What gave field `name` of the suite's `measure` its value."""
+    for override in reversed(suite.overrides):
+        if override.partition("=")[0].strip() in (name, f"measure.{name}"):
+            return f"--set {override}"
+    root, _ = read_yaml(suite.source_text, suite.path)
+    section = root.value.get("measure") if isinstance(root.value, dict) else None
+    fields = section.value if section is not None and isinstance(section.value, dict) else {}
+    return place_text(fields[name].place) if name in fields else "default"
 
 
 def place_text(place: Place) -> str:

@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from run_records import make_record
 
 from bench.diffbench import main
 from bench.errors import BenchError
 from bench.explain import explain_run, find_cell, to_lines
 from bench.origins import origin_of
 from bench.plan import Node, Plan, build_plan
+from bench.record import RunRecord
 from bench.store import NodeResult, Store, write_atomic
 from bench.suite import Suite, load_suite
 
@@ -134,3 +136,63 @@ def test_the_command(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_run_without_record_or_suite_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "0123456789abcdef", "--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def settings(plan: Plan, suite: Suite, kind: str, tmp_path: Path) -> dict[str, tuple[str, str]]:
+    """Name -> value and origin of the settings of the first cell's node of a kind."""
+    nodes = explain_run(plan, plan.cells[0], suite, Store(tmp_path / "none")).nodes
+    parts = next(node for node in nodes if node.node.kind == kind).components
+    return {part.name: (part.value, part.origin) for part in parts}
+
+
+def test_who_set_what_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(TEXT + "measure: {latency_images: 3, latency_seconds: 1.0}\n")
+    suite = load_suite(path, ["measure.latency_seconds=2.0", "flops=false"])
+    found = settings(build_plan(suite), suite, "latency", tmp_path)
+    assert found["measure.latency_images"] == ("3", f"{path}:10:27")
+    assert found["measure.latency_seconds"] == ("2", "--set measure.latency_seconds=2.0")
+    assert found["measure.flops"] == ("false", "--set flops=false")
+    assert found["measure.memory"] == ("true", "default")
+    assert found["device"] == ("auto", "not --device: left to the run")
+
+
+def test_what_follows_from_other_settings_says_from_which(suite: Suite, tmp_path: Path) -> None:
+    plan = build_plan(suite)
+    dataset, score = (settings(plan, suite, kind, tmp_path) for kind in ("dataset", "score"))
+    assert dataset["splits"][1].startswith("its parameters give both: data.dataset at diffinst/config.py:")
+    assert score["iou_types"][1].startswith("follows from model.mask at ")
+    for kind in ("dataset", "train", "predict", "score", "latency"):
+        for name, (_, origin) in settings(plan, suite, kind, tmp_path).items():
+            assert origin or name == "input", (kind, name)
+
+
+def keep_record(tmp_path: Path, cell_id: str, command: str) -> RunRecord:
+    record = make_record(suite="small", run_id=cell_id, command=command, environment_id="0011223344556677")
+    Store(tmp_path / "results").write_record(record, "some-cpu")
+    return record
+
+
+def test_the_environment_of_a_record_is_told(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = build_plan(load_suite(suite.path)).cells[0]
+    keep_record(tmp_path, cell.run_id, "run-suite small.yaml")
+    code = main(["explain", cell.run_id, "--suite", str(suite.path), "--results", str(tmp_path / "results")])
+    assert code == 0
+    assert "\n         environment 0011223344556677\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_of_other_overrides_says_which(
+    suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, whole: bool
+) -> None:
+    cell = build_plan(load_suite(suite.path, ["iterations=1000", "shortest_edge_train=[96, 128]"])).cells[0]
+    command = "run-suite small.yaml --results <results> --set iterations=1000 --set 'shortest_edge_train=[96, 128]'"
+    keep_record(tmp_path, cell.run_id, command)
+    run = str(tmp_path / f"results/small/some-cpu/{cell.run_id}.json") if whole else cell.run_id[:10]
+    arguments = ["explain", run, "--suite", str(suite.path), "--results", str(tmp_path / "results")]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.endswith(
+        "names no run of the suite as it is here: it was recorded with --set iterations=1000 "
+        "--set 'shortest_edge_train=[96, 128]'. Give the same\n"
+    )
+    assert main([*arguments, "--set", "iterations=1000", "--set", "shortest_edge_train=[96, 128]"]) == 0
