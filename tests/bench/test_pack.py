@@ -116,7 +116,7 @@ def packed_files(name: str = "x.zip") -> dict[str, bytes]:
 def rewrite(changes: dict[str, bytes | None]) -> None:
     """x.zip as y.zip, with other content (None: without the file) and a manifest that fits."""
     files: dict[str, bytes | Path] = {**packed_files()}
-    manifest = json.loads(files.pop("manifest.json"))  # type: ignore[arg-type]
+    manifest = json.loads(files.pop("manifest.json"))
     for name, data in changes.items():
         files.pop(name)
         if data is not None:
