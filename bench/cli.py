@@ -37,7 +37,7 @@ _ROOT_VARIABLE = "DIFFINST_DATASETS"
 _ROOTLESS = ("shapes", "custom")  # generated, or found by the suite's own paths
 _FILE_WIDTH = 160
 _PROGRESS_S = 3.0
-_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -60,7 +60,7 @@ def run_suite(
         typer.Option(metavar="PATTERN", help="cells whose label matches, say 'sampling_steps=1 num_proposals=*'"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:N or mps; default: a GPU if there is one")
+        str | None, typer.Option(metavar="D", help="cpu, cuda or cuda:N; default: a CUDA GPU if there is one")
     ] = None,
     workers: Annotated[
         int | None,
@@ -71,7 +71,7 @@ def run_suite(
 ) -> None:
     """Train and evaluate what SUITE describes, then print its tables; what is stored already is not computed again."""
     if device is not None and not _DEVICE.fullmatch(device):
-        raise SuiteError("is not allowed. Allowed: cpu, cuda, cuda:N, mps", key=f"--device {device}")
+        raise SuiteError("is not allowed. Allowed: cpu, cuda, cuda:N", key=f"--device {device}")
     root = _data_root(data_root)
     checked = load_suite(suite, overrides or [])
     store = Store(results)

@@ -310,6 +310,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: not a device. Allowed: auto, cpu, cuda, cuda:1, ...") from error
+    if device.type not in ("cpu", "cuda"):  # box arithmetic is in float64, which mps does not have
+        raise ConfigError(f"--device {name}: not a device that can run it. Allowed: auto, cpu, cuda, cuda:1, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices. Use cpu or auto")
     return device

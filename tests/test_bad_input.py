@@ -158,7 +158,7 @@ def test_a_suite_that_is_not_there(suite: Path, run_suite: RunSuite) -> None:
         ),
         (["--set", "iterations=few"], "--set iterations=few: 'few' is not allowed. Allowed: an integer of at least 1"),
         (["--only", "num_proposals=6"], "--only num_proposals=6: matches no cell. Cells: 'num_proposals=5 seed=0'"),
-        (["--device", "gpu"], "--device gpu: is not allowed. Allowed: cpu, cuda, cuda:N, mps"),
+        (["--device", "gpu"], "--device gpu: is not allowed. Allowed: cpu, cuda, cuda:N"),
         (["--data-root", "/nowhere"], "--data-root /nowhere: no such folder. Give the one that holds the data sets"),
         (
             ["--set", "dataset=coco"],

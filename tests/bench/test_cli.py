@@ -88,7 +88,8 @@ def test_every_mistake_is_a_line_and_the_code_is_2(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "gpu"], "--device gpu: is not allowed. Allowed: cpu, cuda, cuda:N, mps"),
+        (["--device", "gpu"], "--device gpu: is not allowed. Allowed: cpu, cuda, cuda:N\n"),
+        (["--device", "mps"], "--device mps: is not allowed. Allowed: cpu, cuda, cuda:N\n"),
         (["--data-root", "/nowhere"], "--data-root /nowhere: no such folder."),
         (["--only", "sampling_steps=3"], "--only sampling_steps=3: matches no cell."),
         (["--set", "etaa=0"], "--set etaa=0: unknown key."),

@@ -108,6 +108,7 @@ def test_a_checkpoint_of_as_many_but_other_classes_is_refused(config_file: Path,
         (["train", "config.yaml", "--out", "x", "--set", "iteration=3"], "Did you mean 'iterations'?"),
         (["train", "config.yaml", "--out", "x", "--set", "iterations"], "needs the form KEY=VALUE"),
         (["train", "config.yaml", "--out", "x", "--device", "gpu"], "--device gpu: not a device"),
+        (["train", "config.yaml", "--out", "x", "--device", "mps"], "--device mps: not a device that can run it"),
         (["train", "config.yaml", "--out", "x", "--set", "num_classes=7"], "but the data set has 4 classes"),
         (
             ["train", "config.yaml", "--out", "x", "--set", "num_train_timesteps=5", "--set", "sampling_steps=6"],
