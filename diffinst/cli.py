@@ -44,6 +44,8 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cu
 ForceOption = Annotated[bool, typer.Option("--force", help="replace what is there already")]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training")]
 
+_NOT_FIXED = ("sampler", "data")  # sections that a checkpoint leaves open
+
 
 @app.command()
 def train(
@@ -99,7 +101,8 @@ def evaluate(
         Path, typer.Option("--out", help="folder of predictions and metrics; the same command continues there")
     ],
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="YAML file of sampler and data settings; default: the checkpoint's")
+        Path | None,
+        typer.Option("--config", help="YAML file of sampler and data settings; what it leaves out is the checkpoint's"),
     ] = None,
     override: SetOption = None,
     data_root: DataRootOption = None,
@@ -116,8 +119,8 @@ def evaluate(
     from diffinst.evaluation.scoring import score_split
 
     loaded = _load(checkpoint)
-    base = loaded.config if config_file is None else read_config(config_file, [])
-    config = override_config(base, override or [], allowed=("sampler", "data"))
+    base = loaded.config if config_file is None else overlaid_config(loaded.config, config_file)
+    config = override_config(base, override or [], allowed=_NOT_FIXED)
     dataset = open_dataset(config.data, "val", data_root)
     if dataset.num_classes != loaded.config.model.num_classes:
         raise ConfigError(
@@ -182,7 +185,7 @@ def predict(
 
     media = find_media(files)
     loaded = _load(checkpoint)
-    config = override_config(loaded.config, override or [], allowed=("sampler", "data"))
+    config = override_config(loaded.config, override or [], allowed=_NOT_FIXED)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar, _interruptible() as stopped:
         photographs = bar.add_task("photographs", total=sum(not medium.is_video for medium in media))
@@ -225,6 +228,31 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong; names the file, the key and what is allowed.
     """
+    content = _read_sections(path)
+    return override_config(_validated({key: value or {} for key, value in content.items()}, str(path)), overrides)
+
+
+def overlaid_config(config: Config, path: Path) -> Config:
+    """A checkpoint's `config` with the fields of a YAML file over it, which may have the sections sampler and data.
+
+    Raises:
+        ConfigError: as `read_config`; or the file has a section that the checkpoint fixes.
+    """
+    content = config.model_dump(mode="json")
+    for key, values in _read_sections(path).items():
+        if key not in SECTIONS:
+            raise ConfigError(f"{path}: {key}: unknown key.{_nearest(str(key), list(_NOT_FIXED))}")
+        if key not in _NOT_FIXED:
+            allowed = ", ".join(_NOT_FIXED)
+            raise ConfigError(f"{path}: {key}: the checkpoint fixes it. Allowed are the sections {allowed}")
+        if not isinstance(values or {}, dict):
+            raise ConfigError(f"{path}: {key}: must be a mapping of its fields")
+        content[key] |= values or {}
+    return _validated(content, str(path))
+
+
+def _read_sections(path: Path) -> dict[Any, Any]:
+    """What a YAML file has by section, not checked yet."""
     import yaml
 
     try:
@@ -234,10 +262,10 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
-        content = {}
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping with the sections {', '.join(SECTIONS)}")
-    return override_config(_validated({key: value or {} for key, value in content.items()}, str(path)), overrides)
+    return content
 
 
 def override_config(config: Config, overrides: list[str], *, allowed: tuple[str, ...] = tuple(SECTIONS)) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffinst.checkpoint import load_checkpoint, save_checkpoint
-from diffinst.cli import main, override_config, read_config
+from diffinst.cli import main, overlaid_config, override_config, read_config
 from diffinst.config import Config
 from diffinst.errors import ConfigError
 
@@ -63,6 +63,9 @@ def test_train_evaluate_predict(config_file: Path, capsys: pytest.CaptureFixture
     assert "segm/AP " in first
     assert main([*evaluate, "--set", "sampling_steps=2"]) == 0
     assert len(list((config_file.parent / "scores").glob("predictions-*"))) == 2
+    Path("steps.yaml").write_text("sampler: {sampling_steps: 2}\n")
+    assert main([*evaluate, "--config", "steps.yaml"]) == 0
+    assert len(list((config_file.parent / "scores").glob("predictions-*"))) == 2  # the same settings, written otherwise
 
     photographs = next((config_file.parent / "cache").glob("*/val"))
     assert main(["predict", "run/model.safetensors", str(photographs), "--out", "drawn", "--device", "cpu"]) == 0
@@ -165,6 +168,40 @@ def test_overrides_are_yaml_bare_or_dotted() -> None:
 def test_what_a_checkpoint_fixes_cannot_be_set() -> None:
     with pytest.raises(ConfigError, match="the checkpoint fixes it. Allowed are fields of sampler, data"):
         override_config(Config(), ["num_stages=2"], allowed=("sampler", "data"))
+
+
+def test_a_file_of_an_evaluation_lies_over_the_checkpoints_configuration(tmp_path: Path) -> None:
+    trained = Config.model_validate(
+        {"train": {"ema_decay": 0.9}, "data": {"dataset": "nuclei", "shortest_edge_test": 64}, "sampler": {"eta": 0.5}}
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text("sampler: {use_ema: true, sampling_steps: 4}\n")
+    changed = overlaid_config(trained, path)
+    assert changed.data == trained.data
+    assert changed.train == trained.train
+    assert (changed.sampler.eta, changed.sampler.use_ema, changed.sampler.sampling_steps) == (0.5, True, 4)
+    path.write_text("data: {longest_edge_test: 99}\n")
+    assert overlaid_config(trained, path).data == trained.data.model_copy(update={"longest_edge_test": 99})
+    path.write_text("sampler:\n")
+    assert overlaid_config(trained, path) == trained
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {seed: 1}", "config.yaml: train: the checkpoint fixes it. Allowed are the sections sampler, data"),
+        ("model:", "config.yaml: model: the checkpoint fixes it"),
+        ("samplers: {}", r"config.yaml: samplers: unknown key. Did you mean 'sampler'\?"),
+        ("sampler: {eta: 2}", "config.yaml: sampler.eta: .*less than or equal to 1"),
+        ("sampler: 3", "config.yaml: sampler: must be a mapping of its fields"),
+        ("sampler: {use_ema: true}", "config.yaml: use_ema needs the average that ema_decay keeps"),
+    ],
+)
+def test_a_wrong_file_of_an_evaluation_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        overlaid_config(Config(), path)
 
 
 def test_help_loads_no_torch() -> None:
