@@ -107,6 +107,9 @@ def evaluate(
     override: SetOption = None,
     data_root: DataRootOption = None,
     device: DeviceOption = "auto",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="processes that load images; default: the training's")
+    ] = None,
 ) -> None:
     """Predict the validation split and score it: the COCO or LVIS numbers for boxes and masks."""
     from rich.progress import Progress
@@ -144,6 +147,7 @@ def evaluate(
             folder,
             batch_size=config.data.eval_batch_size,
             device=_device(device),
+            num_workers=config.train.num_workers if workers is None else workers,
             progress=lambda finished, total: bar.update(task, completed=finished, total=total),
             stop=lambda: bool(stopped),
         )

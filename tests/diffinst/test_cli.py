@@ -84,6 +84,27 @@ def test_averaged_weights_are_evaluated_when_asked_for(config_file: Path) -> Non
     assert len({"".join(path.read_text() for path in folder.glob("*.jsonl")) for folder in folders}) == 2
 
 
+def test_an_evaluation_loads_images_with_as_many_processes_as_asked(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffinst.engine.evaluate
+
+    given: list[int] = []
+
+    def stopped(model, dataset, settings, folder, *, num_workers: int = 0, **rest) -> int:
+        given.append(num_workers)
+        return 0
+
+    monkeypatch.setattr(diffinst.engine.evaluate, "predict_split", stopped)
+    settings = ["--set", "iterations=1", "--set", "num_workers=1"]
+    assert main(["train", "config.yaml", "--out", "run", "--device", "cpu", *settings]) == 0
+    evaluate = ["evaluate", "run/model.safetensors", "--out", "scores", "--device", "cpu"]
+    assert main(evaluate) == 130
+    assert main([*evaluate, "--workers", "0"]) == 130
+    assert main([*evaluate, "--workers", "3"]) == 130
+    assert given == [1, 0, 3]
+
+
 def test_a_checkpoint_of_other_classes_is_refused(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     main(["train", "config.yaml", "--out", "run", "--device", "cpu", "--set", "iterations=1"])
     capsys.readouterr()
