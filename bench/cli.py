@@ -27,7 +27,8 @@ from bench.outlook import PlanLine, describe_plan, duration_text, total_s
 from bench.plan import PastNode, Plan, build_plan, needed_nodes, past_of_record
 from bench.record import load_record
 from bench.store import Store, check_inside, past_of_result, write_problem
-from bench.suite import Suite, load_suite
+from bench.suite import Suite, axes_label, load_suite
+from bench.suite_warnings import warnings_of
 from diffinst.errors import DiffInstError
 
 if TYPE_CHECKING:
@@ -78,8 +79,13 @@ def run_suite(
     contents = fingerprints_for(store.nodes_folder, _reading_progress())
     built = build_plan(checked, only=only, data_root=root, device=device, num_workers=workers, contents=contents)
     save_if_possible(contents)
+    labels = {cell.label for cell in built.cells}
+    warnings = warnings_of(checked, (cell for cell in checked.cells if axes_label(cell.axes) in labels))
     if plan:
         _print_plan(checked, built, describe_plan(built, store.is_done, _past_nodes(store), store.unfinished))
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if plan:
         return
     try:
         code = _run(checked, built, store, root)

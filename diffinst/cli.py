@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from diffinst.config import RELEASED, SECTIONS, Config, section_of
+from diffinst.config import RELEASED, SECTIONS, Config, frozen_at_random, section_of
 from diffinst.errors import ConfigError, DataError, DiffInstError
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def train(
             f"{config_file}: model.num_classes is {config.model.num_classes}, but the data set has "
             f"{dataset.num_classes} classes. Leave it out"
         )
+    if (warning := frozen_at_random(config.model)) is not None:
+        typer.echo(f"diffinst: warning: {config_file}: model.freeze_at: {warning}", err=True)
     model = seeded_model(config.model.model_copy(update=classes), config.train.seed)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns) as bar, _interruptible() as stopped:

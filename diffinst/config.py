@@ -44,6 +44,10 @@ BackboneName = Literal[
 ]
 
 
+# Of these, `freeze_at` freezes stages; the others train whole. A test holds the names to the backbones.
+FREEZING_BACKBONES: tuple[BackboneName, ...] = ("resnet50", "resnet101", "efficientnet_lite0")
+
+
 class Section(BaseModel):
     """Base of all configuration sections: strict types, unknown keys refused, values frozen."""
 
@@ -310,6 +314,22 @@ def identity(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     extras = {name: field.json_schema_extra for name, field in SECTIONS[section].model_fields.items()}
     neutral = {name for name, extra in extras.items() if isinstance(extra, dict) and _NEUTRAL in extra}
     return {name: value for name, value in values.items() if name not in neutral or value != defaults[name]}
+
+
+def frozen_at_random(model: ModelConfig) -> str | None:
+    """A line about stages that a training would keep as they were drawn; None where there are none."""
+    if model.backbone not in FREEZING_BACKBONES or not model.freeze_at:
+        return None
+    if model.backbone_weights != "none" or model.weights != "none":
+        return None
+    ways = "a file ('diffinst import-weights' makes one)"
+    ways += " or 'imagenet'" if model.backbone == "efficientnet_lite0" else ""
+    stages = "the first stage" if model.freeze_at == 1 else f"the first {model.freeze_at} stages"
+    verb = "is" if model.freeze_at == 1 else "are"
+    return (
+        f"{stages} of {model.backbone} {verb} frozen at random values, as backbone_weights is none. "
+        f"Give backbone_weights {ways}, or train all stages with freeze_at: 0"
+    )
 
 
 def section_of(field: str) -> str | None:

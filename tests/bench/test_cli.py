@@ -57,6 +57,16 @@ def test_a_plan_says_what_runs_and_creates_nothing(
     assert not results.exists()
 
 
+def test_a_warning_is_a_line_of_the_cells_that_are_asked_for(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite.write_text("axes: {product: {backbone: [tiny, resnet50]}}\n")
+    code, out, err = run(capsys, suite, "--plan")
+    assert code == 0
+    assert err.startswith(f"warning: {suite}:1:35: model.freeze_at: the first 2 stages of resnet50 are frozen")
+    assert err.count("\n") == 1
+    assert "warning" not in out
+    assert run(capsys, suite, "--plan", "--only", "tiny")[2] == ""
+
+
 def test_a_plan_is_the_same_text_again(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, suite, "--plan", "--results", tmp_path) == run(capsys, suite, "--plan", "--results", tmp_path)
 

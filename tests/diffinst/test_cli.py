@@ -74,6 +74,21 @@ def test_train_evaluate_predict(config_file: Path, capsys: pytest.CaptureFixture
     assert "drew 2 photographs" in capsys.readouterr().out
 
 
+def test_a_training_with_stages_frozen_at_random_values_says_so(
+    config_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffinst.engine.train
+
+    monkeypatch.setattr(diffinst.engine.train, "train", lambda *_, **__: Path("run/checkpoint.safetensors"))
+    command = ["train", "config.yaml", "--out", "run", "--device", "cpu"]
+    assert main([*command, "--set", "backbone=efficientnet_lite0"]) == 130
+    warning = "diffinst: warning: config.yaml: model.freeze_at: the first 2 stages of efficientnet_lite0 are frozen"
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[: len(warning)] for line in lines if "warning" in line] == [warning]
+    assert main([*command, "--set", "backbone=tiny"]) == 130
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_averaged_weights_are_evaluated_when_asked_for(config_file: Path) -> None:
     settings = ["--set", "iterations=2", "--set", "ema_decay=0.5", "--set", "learning_rate=0.01"]
     assert main(["train", "config.yaml", "--out", "run", "--device", "cpu", *settings]) == 0

@@ -17,6 +17,7 @@ from diffinst.config import (
     Section,
     TrainConfig,
     added,
+    frozen_at_random,
     identity,
     section_of,
 )
@@ -86,3 +87,11 @@ def test_an_added_field_counts_once_it_is_used(monkeypatch: pytest.MonkeyPatch) 
     assert identity("sampler", Grown().model_dump(mode="json")) == {"eta": 1.0}
     assert identity("sampler", {"eta": 1.0}) == {"eta": 1.0}  # as recorded before the field existed
     assert identity("sampler", Grown(later=(1,)).model_dump(mode="json")) == {"eta": 1.0, "later": [1]}
+
+
+def test_stages_frozen_at_random_values_are_said() -> None:
+    message = "the first 2 stages of resnet50 are frozen at random values, as backbone_weights is none. Give "
+    assert (frozen_at_random(ModelConfig()) or "").startswith(message)
+    assert "or 'imagenet', or train all" in (frozen_at_random(ModelConfig(backbone="efficientnet_lite0")) or "")
+    fine = ({"freeze_at": 0}, {"backbone_weights": "w"}, {"weights": "w"}, {"backbone": "tiny"}, {"backbone": "swin_b"})
+    assert [frozen_at_random(ModelConfig.model_validate(values)) for values in fine] == [None] * len(fine)

@@ -15,7 +15,7 @@ from diffinst.backbones.frozen_norm import ConvFrozenNorm
 from diffinst.backbones.registry import BACKBONES, IMAGENET_WEIGHTS
 from diffinst.backbones.resnet import ResNet
 from diffinst.backbones.swin import Swin
-from diffinst.config import BackboneName
+from diffinst.config import FREEZING_BACKBONES, BackboneName
 
 # The full ResNets have nothing that a narrow one has not; they are held to the released names and shapes elsewhere.
 SMALL = {
@@ -38,6 +38,13 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 def test_every_configurable_name_is_registered() -> None:
     assert set(BACKBONES) == set(get_args(BackboneName))
     assert set(IMAGENET_WEIGHTS) <= set(BACKBONES)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_configuration_knows_which_freeze_stages(name: BackboneName) -> None:
+    with torch.device("meta"):
+        parameters = BACKBONES[name](5).parameters()
+    assert any(not parameter.requires_grad for parameter in parameters) == (name in FREEZING_BACKBONES)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
