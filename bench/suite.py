@@ -52,6 +52,7 @@ from diffinst.config import RELEASED, SECTIONS, Config, Section, section_of
 # The names of diffinst.data.catalog, which the harness must not import; a test holds the two together.
 DATASETS = ("shapes", "coco", "coco_mini", "nuclei", "lvis", "lvis_v05", "lvis_tiny", "custom")
 LVIS_DATASETS = ("lvis", "lvis_v05", "lvis_tiny")
+LVIS_DETECTIONS = 300  # an image: what LVIS scores, where COCO scores 100
 CUSTOM_PATHS = ("train_annotations", "train_images", "val_annotations", "val_images")
 # Fields that never change a result, and so make no axis.
 FREE_FIELDS = ("eval_batch_size", "num_workers", "log_every", "checkpoint_every")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bench.errors import SuiteError
-from bench.suite import Suite, SuiteCell
+from bench.suite import LVIS_DETECTIONS, Suite, SuiteCell, is_lvis
 from bench.yaml_source import Place
 from diffinst.config import frozen_at_random
 
@@ -28,6 +28,12 @@ def _of_cell(suite: Suite, cell: SuiteCell) -> Iterator[SuiteError]:
     if message is not None:
         names = ("model.backbone_weights", "model.freeze_at", "model.backbone")
         yield _place(suite, cell, names).error("model.freeze_at", message)
+    kept = cell.config.sampler.max_detections
+    if suite.measure.score and kept is not None and kept < LVIS_DETECTIONS and is_lvis(dict(cell.config.data)):
+        message = f"{kept} detections an image are kept, where LVIS scores {LVIS_DETECTIONS}"
+        way = f"Give max_detections: {LVIS_DETECTIONS}"
+        place = _place(suite, cell, ("sampler.max_detections", "data.dataset"))
+        yield place.error("sampler.max_detections", f"{message}. {way}")
 
 
 def _place(suite: Suite, cell: SuiteCell, names: Iterable[str]) -> Place:

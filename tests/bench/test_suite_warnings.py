@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.suite import load_suite
+from bench.suite import LVIS_DETECTIONS, load_suite
 from bench.suite_warnings import warnings_of
+from diffinst.evaluation import lvis_ap
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = sorted([*(ROOT / "suites").glob("*.yaml"), *(ROOT / "suites" / "paper").glob("*.yaml")])
@@ -52,3 +53,39 @@ def test_what_is_not_trained_or_not_frozen_gives_no_warning(tmp_path: Path) -> N
     assert said(tmp_path, "model: {backbone_weights: w.safetensors}\n") == []
     assert said(tmp_path, "model: {backbone: swin_b}\n") == []
     assert said(tmp_path, "engine: torchvision\n") == []
+
+
+LVIS = "sampler.max_detections: 100 detections an image are kept, where LVIS scores 300. Give max_detections: 300"
+TINY = "model: {backbone: tiny}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("data: {dataset: lvis}\n", "s.yaml:2:17: "),
+        ("data:\n  dataset: lvis_tiny\nsampler: {eta: 0.0}\n", "s.yaml:3:12: "),
+        ("data: {dataset: lvis}\nsampler: {max_detections: 100}\n", "s.yaml:3:27: "),
+        ("axes: {product: {dataset: [coco, lvis]}}\n", "s.yaml:2:34: "),
+        ("data: {dataset: lvis}\naxes: {product: {max_detections: [300, 100, null]}}\n", "s.yaml:3:40: "),
+        ("preset: released\ndata: {dataset: lvis}\nsampler: {max_detections: 100}\n", "s.yaml:4:27: "),
+    ],
+)
+def test_fewer_detections_than_lvis_scores(tmp_path: Path, text: str, place: str) -> None:
+    assert said(tmp_path, TINY + text) == [place + LVIS]
+
+
+def test_as_many_detections_as_lvis_scores_give_no_warning(tmp_path: Path) -> None:
+    assert said(tmp_path, TINY + "data: {dataset: lvis}\nsampler: {max_detections: 300}\n") == []
+    assert said(tmp_path, TINY + "preset: released\ndata: {dataset: lvis}\n") == []
+    assert said(tmp_path, TINY + "data: {dataset: coco}\n") == []
+    assert said(tmp_path, TINY + "data: {dataset: lvis}\nmeasure: {score: false}\n") == []
+
+
+def test_a_data_set_in_lvis_format_counts_too(tmp_path: Path) -> None:
+    paths = "".join(f", {name}: x" for name in ("train_annotations", "train_images", "val_annotations", "val_images"))
+    text = f"data: {{dataset: custom, annotation_format: lvis{paths}}}\n"
+    assert said(tmp_path, TINY + text) == [f"s.yaml:2:17: {LVIS}"]
+
+
+def test_the_number_of_detections_is_that_of_the_scores() -> None:
+    assert lvis_ap.MAX_DETECTIONS == LVIS_DETECTIONS
