@@ -25,6 +25,7 @@ from bench.errors import RecordError, SuiteError
 from bench.fingerprints import fingerprints_for, save_if_possible
 from bench.outlook import PlanLine, describe_plan, duration_text, total_s
 from bench.plan import PastNode, Plan, build_plan, needed_nodes, past_of_record
+from bench.programs import check_programs
 from bench.record import load_record
 from bench.store import Store, check_inside, past_of_result, write_problem
 from bench.suite import Suite, axes_label, load_suite
@@ -79,6 +80,7 @@ def run_suite(
     contents = fingerprints_for(store.nodes_folder, _reading_progress())
     built = build_plan(checked, only=only, data_root=root, device=device, num_workers=workers, contents=contents)
     save_if_possible(contents)
+    check_programs(checked, built, root)
     labels = {cell.label for cell in built.cells}
     warnings = warnings_of(checked, (cell for cell in checked.cells if axes_label(cell.axes) in labels))
     if plan:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,6 +158,7 @@ class Suite:
     axes_place: where the axes stand, for mistakes that show only in the plan.
     places: 'section.field', 'engine', 'preset' or 'seeds' -> where its value was written.
     claims: the published numbers that the cells measure; None where the suite is not about published numbers.
+    programs: interpreters and checkouts that `--set` names, and that may be run therefore (`bench.programs`).
     """
 
     path: Path
@@ -173,6 +174,7 @@ class Suite:
     axes_place: Place = field(default=Place(None), compare=False)
     places: dict[str, Place] = field(default_factory=dict, compare=False)
     claims: tuple[ClaimTie, ...] | None = None
+    programs: frozenset[str] = frozenset()
 
 
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
@@ -264,6 +266,7 @@ class _Reader:
         self.engine_fields: dict[str, Any] = {}
         self.engine_item = Item(None, root.place)
         self.engine_python: str | None = None  # of --set: for all engines that take one
+        self.programs: set[str] = set()
         self.engine = EngineConfig()
         self.engine_label: str = self.engine.name
         self.engines: dict[str, EngineConfig] = {}
@@ -310,6 +313,7 @@ class _Reader:
             axes_place=self._place_of("axes"),
             places=self._named_places(),
             claims=claims,
+            programs=frozenset(self.programs),
         )
 
     def _named_places(self) -> dict[str, Place]:
@@ -632,7 +636,9 @@ class _Reader:
             return
         if not name and "engine" in self.axes.product:
             values = item if isinstance(item.value, list) else Item([item], place)
-            self.axes.product.update(self._read_choices(Item({"engine": values}, place, {"engine": place}), "axes"))
+            found = self._read_choices(Item({"engine": values}, place, {"engine": place}), "axes")
+            self._allow(choice.engine for choice in found.get("engine", []))
+            self.axes.product.update(found)
             self.axes.was_overridden = True
             return
         varied = next((choice for choice in self._all_choices() if choice.axis == "engine"), None)
@@ -641,13 +647,20 @@ class _Reader:
             self._note(place, "", f"engine is varied at {where}. Choose cells with --only, or change the suite")
         elif not name:
             self.engine_item, self.engine_fields = item, self._read_engine(item, "engine") or {}
+            self._allow([self.engine_fields])
         else:
             value = check_value(EngineConfig, name, item, f"engine.{name}", self.problems)
+            self._allow([{} if value is INVALID else {name: value}])
             if name == "python":
                 self.engine_python = None if value is INVALID else value
             elif value is not INVALID:
                 self.engine_fields = {"name": "diffinst", **self.engine_fields, name: value}
                 self.engine_item = Item(None, place)
+
+    def _allow(self, engines: Iterable[Mapping[str, Any] | None]) -> None:
+        """Programs that the user names in person."""
+        for fields in engines:
+            self.programs |= {fields[name] for name in ("python", "checkout") if fields and fields.get(name)}
 
     def _override_field(self, name: str, item: Item, place: Place) -> None:
         section = section_of(name)
