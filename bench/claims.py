@@ -1,6 +1,6 @@
 """Published numbers: claim files, checked whole, and the lock that holds them to what was reviewed.
 
-    source: {name: ..., url: ..., revision: ..., date: '2023-01-03', place: ...}
+    source: {name: ..., kind: ..., url: ..., revision: ..., date: '2023-01-03', place: ...}     # all needed
     defaults: {quantity: mask AP, metric: segm/AP, ...}           # fields of all claims below
     groups:
       - name: val                                                 # fields of these claims go under `common`
@@ -38,6 +38,16 @@ Half = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+_UNKNOWN = "unknown"
+# What a file has to say of its source -> what it may say, where that is not plain.
+_SOURCE_NEEDS = {
+    "name": "",
+    "kind": "",
+    "url": "",
+    "revision": f"a commit or version, or {_UNKNOWN}",
+    "date": f"a day as 2022-12-31, or {_UNKNOWN}",
+    "place": "a table or section",
+}
 _LOCK_HEAD = """\
 # The claim files as they were reviewed, a line a value: `diffbench verify` holds them to it.
 # After a change on purpose: diffbench claims --lock, and review the difference of this file with that of the claims.
@@ -51,8 +61,9 @@ class _Part(BaseModel):
 class Source(_Part):
     """Where a file's claims stand.
 
-    name: for people. kind: what it is. revision: commit or version; '' where it is not known. date: of the revision, or
-    from when on the values stand there, ISO 8601. place: table or section. note: what else is to be known.
+    name: for people. kind: what it is. revision: commit or version. date: of the revision, or from when on the values
+    stand there, ISO 8601. Either is '' where it is not known: a file says `unknown` then, and leaves out neither.
+    place: table or section. note: what else is to be known.
     """
 
     name: str
@@ -247,13 +258,19 @@ class _File:
     def _source(self, root: Item) -> Source | None:
         item = root.value.get("source")
         if item is None or not isinstance(item.value, dict):
-            self._note((item or root).place, "source", "needs a mapping with name, kind, url and place")
+            self._note((item or root).place, "source", f"needs a mapping with {', '.join(_SOURCE_NEEDS)}")
             return None
         known = len(self.problems)
         values = self._values(Source, item, "source")
-        for name, info in Source.model_fields.items():
-            if info.is_required() and name not in item.value:
-                self._note(item.place, f"source.{name}", "is needed")
+        for name, allowed in _SOURCE_NEEDS.items():
+            allowed = f". Allowed: {allowed}" if allowed else ""
+            if name not in item.value:
+                self._note(item.place, f"source.{name}", f"is needed{allowed}")
+            elif values.get(name) == "":
+                self._note(item.value[name].place, f"source.{name}", f"'' is not allowed{allowed}")
+        for name in ("revision", "date"):
+            if values.get(name) == _UNKNOWN:
+                values[name] = ""
         if values.get("date"):
             self._check_date(values["date"], item.value["date"].place, "source.date")
         return Source(**values) if len(self.problems) == known else None

@@ -45,7 +45,7 @@ OTHER_PAPER = {"SimCLR": (60.6, 61.9, 64.0, 65.3, 66.1), "SimCLR + MACL": (61.6,
 TRAINING = {"GPUs": 8, "h": 26, "images": 32}
 
 GOOD = """\
-source: {name: a README, kind: readme, url: 'https://example.org', date: 2023-01-03, place: its table}
+source: {name: a README, kind: readme, url: 'https://example.org', revision: r1, date: 2023-01-03, place: its table}
 defaults:
   quantity: mask AP
   unit: AP
@@ -164,6 +164,15 @@ def test_own_fields_win_over_the_groups_and_those_over_the_files(folder: Path) -
         ("id: four", "id: Four", "needs an id of up to 64 small letters"),
         ("kind: readme", "kind: blog", "good.yaml:1:32: source.kind: 'blog' is not allowed. Allowed: readme"),
         ("date: 2023-01-03", "date: January", "source.date: 'January' is not allowed. Allowed: a day as 2022-12-31"),
+        (", date: 2023-01-03", "", "good.yaml:1:9: source.date: is needed. Allowed: a day as 2022-12-31, or unknown"),
+        (", revision: r1", "", "source.revision: is needed. Allowed: a commit or version, or unknown"),
+        (
+            "revision: r1",
+            "revision: ''",
+            "source.revision: '' is not allowed. Allowed: a commit or version, or unknown",
+        ),
+        (", place: its table", "", "source.place: is needed. Allowed: a table or section"),
+        (", url: 'https://example.org'", "", "source.url: is needed"),
         ("until: 2022-12-22", "until: 2022-12-01", "since 2022-12-09 is after until 2022-12-01"),
         (", until: 2022-12-22", "", "superseded[0]: needs until too"),
         ("metric: segm/AP", "metric: segm/APx", "metric 'segm/APx' is not measured"),
@@ -184,6 +193,13 @@ def test_mistakes_are_named_with_their_place(folder: Path, old: str, new: str, m
         load_claims(folder)
     assert message in str(caught.value)
     assert all(line.startswith(f"{folder}/good.yaml:") for line in str(caught.value).splitlines())
+
+
+def test_what_is_not_known_of_a_source_is_said_so(folder: Path) -> None:
+    text = GOOD.replace("revision: r1", "revision: unknown").replace("date: 2023-01-03", "date: unknown", 1)
+    (folder / "good.yaml").write_text(text)
+    sources = {(claim.source.revision, claim.source.date) for claim in load_claims(folder).values()}
+    assert sources == {("", "")}
 
 
 def test_all_mistakes_at_once_over_all_files(folder: Path) -> None:
