@@ -27,6 +27,8 @@ BODY = ""  # the name of a module's own statements
 _ROOTS = {
     kind: (f"bench.worker:run_{kind}",) for kind in ("dataset", "train", "weights", "predict", "score", "latency")
 }
+# Which samples a GPU throttled is a result; what asks the driver for it, on the way there, describes the machine.
+_ROOTS["latency"] = (*_ROOTS["latency"], "bench.measure.disturbances:held_back")
 # Engines in another interpreter start there by file name.
 _PEER_ROOTS = {"detectron2": ("bench.peers.run_peer:run",), "original": ("bench.peers.run_peer:run",)}
 
@@ -36,7 +38,7 @@ _NEVER = (
     *("bench.server", "bench.record", "bench.store", "bench.engines", "bench.errors"),
     *(
         f"bench.measure.{name}"
-        for name in ("environment", "moments", "source", "packages", "cpu", "gpu", "determinism", "disturbances")
+        for name in ("environment", "moments", "source", "packages", "cpu", "gpu", "determinism")
     ),
     *("diffinst.config", "diffinst.errors"),
 )
