@@ -159,7 +159,10 @@ def _digest(path: Path) -> str:
 
 
 def _names_of(entry: dict[str, Any]) -> Iterator[str]:
-    """Names under which the readers look for an image; LVIS gives the end of a URL, with or without its folder."""
+    """Names under which the readers look for an image; LVIS gives the end of a URL, with or without its folder.
+
+    Names that lead out of the image folder are none: the readers refuse them.
+    """
     url = entry.get("coco_url")
     ends = [] if not isinstance(url, str) else ["/".join(url.split("/")[-2:]), url.rpartition("/")[2]]
     for name in (entry.get("file_name"), entry.get("coco_file"), *ends):

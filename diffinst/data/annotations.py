@@ -258,6 +258,12 @@ def parse_annotations(content: Any, source: str, *, skip_invalid: bool = False) 
             raise DataError(
                 f"{source}: image {image_id}: file_name is {name!r}; it must name a file in the image folder"
             )
+        # What lies elsewhere would not count when the content of a data set is compared.
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(
+                f"{source}: image {image_id}: file_name is {name!r}; it must be a path below the image folder, without "
+                "'..'. Write it relative to a folder that holds all images, and set the image folder to that"
+            )
         if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
             raise DataError(
                 f"{source}: image {image_id} ({name}): height {height!r} and width {width!r} must be whole numbers "
