@@ -60,15 +60,16 @@ def differences(base: Record, head: Record) -> dict[Kind, tuple[str, ...]]:
     """
     settings = () if is_race(base, head) else (*_sampler(base, head), *_precision(base, head))
     inputs = () if is_race(base, head) else (*_engine(base, head), *_data(base, head))
-    conditions = (*_images(base, head), *settings, *_device(base, head))
+    conditions = (*_images(base, head), *settings)
+    devices, of_scores = tuple(_device(base, head)), tuple(_device(base, head, "predict"))
     timing = (*_protocol(base, head), *_machine(base, head))
     return {
-        "score": (*inputs, *conditions),
-        "time": (*inputs, *conditions, *timing),
-        "memory": (*inputs, *conditions, *timing),
+        "score": (*inputs, *conditions, *of_scores),
+        "time": (*inputs, *conditions, *devices, *timing),
+        "memory": (*inputs, *conditions, *devices, *timing),
         # Operations depend on the size of the images and on the sampler's settings, parameters on neither.
         "count": (*inputs, *(() if is_race(base, head) else _sampler(base, head))),
-        "other": (*inputs, *conditions),
+        "other": (*inputs, *conditions, *of_scores),
     }
 
 
@@ -142,11 +143,14 @@ def _sampler(base: Record, head: Record) -> Iterator[str]:
     return _section(base, head, "sampler", skip=REPEAT_AXES)
 
 
-def _device(base: Record, head: Record) -> Iterator[str]:
-    old, new = (_mapping(record, "environment", "process") for record in (base, head))
-    yield from _differ(
-        "device", old.get("device_name") or old.get("device"), new.get("device_name") or new.get("device")
-    )
+def _device(base: Record, head: Record, node: str = "") -> Iterator[str]:
+    """Devices of the processes that the environments describe, or of a kind of node, where the record tells it."""
+    found = []
+    for record in (base, head):
+        process = _mapping(record, "environment", "process")
+        of_node = _mapping(record, "node_runs", node).get("device")
+        found.append(of_node or process.get("device_name") or process.get("device"))
+    yield from _differ("device", *found)
 
 
 def _precision(base: Record, head: Record) -> Iterator[str]:

@@ -364,14 +364,13 @@ class _Runner:
         else:
             category, reason = _reason(ended, out_of_memory=_oom_kills() > oom_kills)
             reason = f"{node.kind}: {reason}"
+            environment = self._environment | ended.environment
             run = NodeRun(
                 started_at=started_at,
                 duration_s=round(time.monotonic() - start, 3),
                 attempts=self._store.attempts(node.id),
-                commit=self._environment["commit"],
-                dirty=self._environment["dirty"],
+                **_where(environment),
             )
-            environment = self._environment | ended.environment
             failure = Failure(node.id, reason, category, _log_tail(log, log_start), run, environment)
             self.outcome.failures[node.id] = failure
             display.node_finished(f"failed: {reason.removeprefix(f'{node.kind}: ')} (log: {log})", failed=True)
@@ -495,14 +494,20 @@ def _metrics(cell: Cell, outputs: Sequence[dict[str, Any]], *, failed: bool) -> 
 
 
 def _node_run(done: NodeResult) -> NodeRun:
-    environment = done.environment
     return NodeRun(
-        started_at=done.started_at,
-        duration_s=done.duration_s,
-        attempts=done.attempts,
-        commit=environment.get("commit"),
-        dirty=environment.get("dirty"),
+        started_at=done.started_at, duration_s=done.duration_s, attempts=done.attempts, **_where(done.environment)
     )
+
+
+def _where(environment: dict[str, Any]) -> dict[str, Any]:
+    """What a node's environment says of where it ran, for `NodeRun`."""
+    process = environment.get("process") or {}
+    return {
+        "commit": environment.get("commit"),
+        "dirty": environment.get("dirty"),
+        "environment_id": environment_id(environment),
+        "device": process.get("device_name") or process.get("device"),
+    }
 
 
 def _ancestors(plan: Plan, node: Node) -> Iterator[Node]:

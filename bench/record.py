@@ -148,6 +148,8 @@ class NodeRun(_Part):
     """When and from which source a node of this run was computed (it may be shared with other runs, and older).
 
     attempts: how often it was started, the finishing attempt included; duration_s is that of the last attempt only.
+    environment_id: as the record's, of this node's process. device: that it computed on, a GPU by its name; None where
+    the node uses none, and like environment_id in records from before it was noted.
     """
 
     started_at: str
@@ -155,6 +157,8 @@ class NodeRun(_Part):
     attempts: int
     commit: str | None
     dirty: bool | None
+    environment_id: str | None = None
+    device: str | None = None
 
 
 class RunRecord(_Part):
@@ -216,6 +220,10 @@ def dump_record(record: RunRecord) -> str:
         for name in ("reason", "standard_error", "error_of"):
             if entry[name] is None:
                 del entry[name]
+    for run in content["node_runs"].values():
+        for name in ("environment_id", "device"):
+            if run[name] is None:
+                del run[name]
     return dump_json(content)
 
 

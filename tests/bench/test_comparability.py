@@ -60,6 +60,18 @@ def test_what_may_differ_is_remarked() -> None:
     assert list(remarks(base(), other)) == ["model.num_stages 3 and 6", "torch 2.14.1 and 3.0"]
 
 
+def test_a_score_is_of_the_device_that_predicted() -> None:
+    # Predicted on one device and timed on the other later: the record's environment is of the timing.
+    on_cpu, on_gpu = (changed(base(), ("node_runs", {"predict": {"device": name}})) for name in ("cpu", "A GPU"))
+    timed_later = changed(on_cpu, ("environment", "process", "device", "cuda"))
+    assert differences(on_cpu, timed_later)["score"] == ()
+    assert differences(on_cpu, timed_later)["time"] == ("device cpu and cuda",)
+    assert differences(on_cpu, on_gpu)["score"] == ("device cpu and A GPU",)
+    assert differences(on_cpu, on_gpu)["time"] == ()
+    # A record that does not say is of its environment's device.
+    assert differences(base(), on_gpu)["score"] == ("device cpu and A GPU",)
+
+
 def test_seeds_are_no_difference() -> None:
     other = changed(changed(base(), ("config", "sampler", "eval_seed", 5)), ("config", "train", "seed", 5))
     assert set(differences(base(), other).values()) == {()}

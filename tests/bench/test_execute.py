@@ -124,6 +124,16 @@ def test_the_record_names_the_patch_and_the_lock_that_are_kept(root: Path, monke
     assert last["environment_id"] == environment_id(environment)
 
 
+def test_each_node_says_where_it_ran(root: Path) -> None:
+    outcome = run(make_plan(), root)
+    last = record(root, outcome, outcome.ok[-1])
+    runs = last["node_runs"]
+    # The prediction tells its process, the others none: one environment for all of them would be wrong.
+    assert runs["predict"]["device"] == "a fake"
+    assert "device" not in runs["score"]
+    assert runs["predict"]["environment_id"] == last["environment_id"] != runs["score"]["environment_id"]
+
+
 def test_a_patch_that_tells_the_machine_stays_with_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source("0" * 40, dirty=True, patch=f"+data: {Path.home()}/coco\n".encode())
     monkeypatch.setattr(execute, "source_state", lambda: source)
@@ -221,6 +231,8 @@ def test_a_failure_ends_one_run(root: Path) -> None:
     assert failed["duration_s"] == pytest.approx(sum(part["duration_s"] for part in failed["node_runs"].values()))
     assert failed["finished_at"] >= failed["node_runs"]["predict"]["started_at"]
     assert failed["environment"]["process"] == {"device": "a fake"}
+    assert failed["node_runs"]["predict"]["device"] == "a fake"
+    assert failed["node_runs"]["predict"]["environment_id"] == failed["environment_id"]
     # The plan says so until it is tried again.
     store = Store(root)
     node_id = failed["nodes"]["predict"]

@@ -53,6 +53,14 @@ def test_yesterdays_record_still_loads() -> None:
     assert (record.schema_version, record.resamples, record.code, record.environment_id) == (2, {}, {}, None)
 
 
+def test_nodes_of_before_devices_were_noted_load_and_are_written_as_they_were() -> None:
+    run = {"started_at": "2026-01-01T00:00:00Z", "duration_s": 1.5, "attempts": 1, "commit": None, "dirty": None}
+    content = json.loads(dump_record(make_record())) | {"node_runs": {"predict": run}}
+    record = parse_record(content, "old.json")
+    assert (record.node_runs["predict"].device, record.node_runs["predict"].environment_id) == (None, None)
+    assert json.loads(dump_record(record)) == content
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
