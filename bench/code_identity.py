@@ -40,7 +40,7 @@ _NEVER = (
         f"bench.measure.{name}"
         for name in ("environment", "moments", "source", "packages", "cpu", "gpu", "determinism")
     ),
-    *("diffinst.config", "diffinst.errors"),
+    *("bench.peers.environment", "diffinst.config", "diffinst.errors"),
 )
 _OURS = (
     *("diffinst.build", "diffinst.model", "diffinst.heads", "diffinst.diffusion", "diffinst.losses"),

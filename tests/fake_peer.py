@@ -77,7 +77,11 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": {"rss": 1000, "cuda_allocated": None, "cuda_reserved": None},
         "num_parameters": 7,
         "flops": None,
-        "environment": {"python": "CPython 3.10.0", "packages": {"torch": "2.1"}, "threads": job["threads"]},
+        "environment": {
+            "python": "CPython 3.10.0",
+            "packages": {"torch": "2.1"},
+            "threads": {"intra_op": job["threads"]},
+        },
     }
 
 

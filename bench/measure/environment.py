@@ -29,7 +29,7 @@ __all__ = ["SOURCE_ROOT", "environment_id", "machine_environment", "machine_slug
 # 1.8 times and a detection 1.8 to 3.3 times slower.
 WORKER_VARIABLES = {"OPENBLAS_NUM_THREADS": "1"}
 
-# Variables that change numbers or times and hold no path.
+# Variables that change numbers or times and hold no path; `bench.peers.environment` has the same.
 RECORDED_VARIABLES = (
     *WORKER_VARIABLES,
     "OMP_WAIT_POLICY",

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import bdb
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bench.peers import detectron, inference, original
+from bench.peers.environment import process_facts
 from bench.peers.protocol import Channel, Job, PeerError, Stopped, read_job, stop_when_asked
 from bench.peers.records import read_records
 
 EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 3
 ENGINES = ("detectron2", "original")
-_PACKAGES = ("torch", "torchvision", "sal-detectron2", "detectron2", "fvcore", "numpy", "pycocotools", "pillow", "timm")
 
 
 def run(job: Job, channel: Channel, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def run(job: Job, channel: Channel, stop: Callable[[], bool]) -> dict[str, Any]:
         do = inference.predict if job.kind == "predict" else inference.measure
         result = do(detector, records, job, channel, stop)
         result["num_parameters"] = detectron.count_parameters(detector.model)
-    result["environment"] = {**_environment(), **(original.describe(job) if engine == "original" else {})}
+    result["environment"] = {**process_facts(job.device), **(original.describe(job) if engine == "original" else {})}
     return result
 
 
@@ -66,23 +64,6 @@ def _prepare_torch(job: Job) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise PeerError(f"--device {job.device}: cannot be used here ({reason}). Use 'cpu', or leave it out") from error
-
-
-def _environment() -> dict[str, Any]:
-    """Of this process; no host names or paths."""
-    import torch
-
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": packages,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def main(arguments: list[str]) -> int:

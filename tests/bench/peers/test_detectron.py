@@ -160,6 +160,9 @@ def test_a_training_leaves_weights_and_losses(trained: tuple[Path, dict[str, Any
     assert {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"} <= found["last_losses"].keys()
     assert found["optimizer"].endswith("SGD")
     assert found["environment"]["packages"]["sal-detectron2"] == "0.7.2"
+    assert found["environment"]["device"] == "cpu"
+    assert found["environment"]["threads"].keys() == {"intra_op", "inter_op"}
+    assert found["environment"]["flags"]["float32_matmul_precision"] == "highest"
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(
