@@ -23,8 +23,8 @@ _KINDS: dict[str, Kind] = {
     "num_parameters": "count",
     "flops": "count",
 }
-# Which images are seen, and in which size.
-_DATA = (
+# Which images are seen and how they are labelled, whatever their size.
+IMAGES_AND_LABELS = (
     "dataset",
     "val_annotations",
     "val_images",
@@ -32,12 +32,11 @@ _DATA = (
     "class_agnostic",
     "annotation_format",
     "skip_invalid",
-    "shortest_edge_test",
-    "longest_edge_test",
     "shapes_val_images",
     "shapes_image_size",
     "shapes_seed",
 )
+_DATA = (*IMAGES_AND_LABELS, "shortest_edge_test", "longest_edge_test")
 _ENGINE = ("name", "recipe", "options")
 # What of `measure` says how a number is taken; whether others are taken beside it does not matter.
 _NOT_PROTOCOL = ("score", "latency", "memory", "flops", "device")

@@ -95,7 +95,8 @@ class Resamples(_Part):
     Records whose `images`, `seed` and `count` are equal were drawn together: the spread of the differences of their
     values is the standard error of the difference.
 
-    images: digest of the image ids, in the order of the draws. seed, count: of the draws, see `bench.stats.bootstrap`.
+    images: digest of the image ids, in the order of the draws, a colon and a digest of what is labelled on them, which
+    older records lack. seed, count: of the draws, see `bench.stats.bootstrap`.
     values: `count` little-endian float32 numbers in base64; NaN where a draw has no instance.
     """
 

@@ -23,6 +23,7 @@ from bench.stats.scores import (
     TOLERANCE,
     Resampled,
     digest_of_images,
+    digest_of_labels,
     largest_difference,
     resample_scores,
 )
@@ -91,9 +92,10 @@ def measure_accuracy(
         count = sum(annotation["category_id"] in rare for annotation in scorable.content["annotations"])
         found.metrics["num_instances/rare"] = metric("num_instances/rare", count)
     compared: dict[str, float] = {}
+    labels = digest_of_labels(scorable.content)
     for iou_type in iou_types:
         if iou_type not in scorable.missing:
-            compared |= _check_and_resample(data, scorable, scores, iou_type, folder, found)
+            compared |= _check_and_resample(data, scorable, scores, iou_type, folder, labels, found)
     if compared:
         found.checks["evaluators"] = {
             "evaluators": list(EVALUATORS),
@@ -104,7 +106,13 @@ def measure_accuracy(
 
 
 def _check_and_resample(
-    data: DataConfig, scorable: Scorable, scores: CocoScores, iou_type: IouType, folder: Path, found: Accuracy
+    data: DataConfig,
+    scorable: Scorable,
+    scores: CocoScores,
+    iou_type: IouType,
+    folder: Path,
+    labels: str,
+    found: Accuracy,
 ) -> dict[str, float]:
     """Differences by name of what both evaluators compute; classes together under 'per_class'."""
     tables = scoring.match(data, scorable, iou_type)
@@ -128,7 +136,7 @@ def _check_and_resample(
         {f"{iou_type}/AP of '{name}'": value for name, value in listed.items()},
     )
     for name, number in numbers.items():
-        _add_error(found, f"{iou_type}/{name}", number, tables["all"])
+        _add_error(found, f"{iou_type}/{name}", number, tables["all"], labels)
     return differences
 
 
@@ -156,14 +164,14 @@ def _text(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.9f}"
 
 
-def _add_error(found: Accuracy, name: str, number: Resampled, table: matches.MatchTable) -> None:
+def _add_error(found: Accuracy, name: str, number: Resampled, table: matches.MatchTable, labels: str) -> None:
     error = number.standard_error
     if error is None or found.metrics[name].value is None:
         return
     found.metrics[name] = found.metrics[name].model_copy(update={"standard_error": error, "error_of": "images"})
     if name.partition("/")[2] in PAIRED:
         found.resamples[name] = Resamples(
-            images=digest_of_images(table.image_ids),
+            images=f"{digest_of_images(table.image_ids)}:{labels}",
             num_images=len(table.image_ids),
             seed=SEED,
             count=NUM_RESAMPLES,

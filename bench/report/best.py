@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.comparability import IMAGES_AND_LABELS
 from bench.report.cells import Record, is_score, runs_of, value_of
 from bench.stats.bootstrap import holm
 from bench.stats.latency import p_of
 from bench.stats.paired import image_sets, paired_difference, seed_parts
 from bench.stats.student import combine
 
-# AP under other rules is another number, also on the same images.
-_RULES = ("dataset", "annotation_format", "class_agnostic", "skip_invalid")
 Cells = Mapping[tuple[Any, ...], Sequence[Record]]
 
 
@@ -52,7 +51,8 @@ def _groups(cells: Cells, metric: str) -> list[list[tuple[Any, ...]]]:
     for key, records in cells.items():
         if value_of(records, metric).state == "ok":
             data = records[0].get("config", {}).get("data", {})
-            rules = tuple(str(data.get(name)) for name in _RULES)
+            # AP under other rules is another number, also on images of the same ids.
+            rules = tuple(str(data.get(name)) for name in IMAGES_AND_LABELS)
             groups.setdefault((*rules, *image_sets(records)), []).append(key)
     return list(groups.values())
 

@@ -22,7 +22,8 @@ SeedKey = tuple[Hashable, Hashable]
 def image_sets(records: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, str]]:
     """The different sets of images that records are scored on, each with its size; ('' for a digest not recorded).
 
-    A record without a digest counts as of the set of the others of its size.
+    A record without a digest counts as of the set of the others of its size, and one whose digest does not tell the
+    labels as of that of the others with its ids.
     """
     found: dict[tuple[int | None, str], None] = {}
     for record in records:
@@ -30,7 +31,8 @@ def image_sets(records: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, s
         digests = {entry["images"] for entry in record.get("resamples", {}).values()}
         found[count, min(digests, default="")] = None
     with_digest = {count for count, digest in found if digest}
-    known = [(count, digest) for count, digest in found if count is not None]
+    with_labels = {digest.partition(":")[0] for _, digest in found if ":" in digest}
+    known = [(count, digest) for count, digest in found if count is not None and digest not in with_labels]
     return [(count, digest) for count, digest in known if digest or count not in with_digest]
 
 
@@ -43,6 +45,8 @@ def why_not_together(records: Sequence[Mapping[str, Any]]) -> str | None:
     if len(counts) > 1:
         sizes = f"{', '.join(str(count) for count in counts[:-1])} and {counts[-1]}"
         return f"scored on {sizes} images: AP depends on how many there are"
+    if len({digest.partition(":")[0] for _, digest in sets}) == 1:
+        return f"scored on the same {counts[0]} images, which are not labelled the same"
     return f"scored on {counts[0]} images each, which are not the same ones"
 
 

@@ -6,9 +6,11 @@ Computed without the evaluator that the scores come from, so that the two check 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -130,6 +132,31 @@ def largest_difference(
         if difference > most or (where is not None and difference == most and name < where):
             most, where = difference, name
     return most, where
+
+
+# What of a ground truth decides scores; ids of annotations and names of images and classes do not.
+_OF_INSTANCES = ("image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+_OF_IMAGES = ("id", "neg_category_ids", "not_exhaustive_category_ids")
+
+
+def digest_of_labels(content: Mapping[str, Any]) -> str:
+    """16 hex digits of what is labelled on the images of a COCO or LVIS file's content, in any order."""
+    texts = []
+    for what, names in (("images", _OF_IMAGES), ("annotations", _OF_INSTANCES)):
+        for entry in content[what]:
+            kept = {name: entry[name] for name in names if name in entry}
+            texts.append(json.dumps(kept, sort_keys=True, separators=(",", ":"), default=_listed))
+    digest = hashlib.sha256()
+    for text in sorted(texts):
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _listed(value: Any) -> Any:
+    """A set or an array as a list, bytes as text."""
+    if isinstance(value, bytes):
+        return value.decode("ascii")
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else sorted(value)
 
 
 def digest_of_images(image_ids: np.ndarray) -> str:

@@ -70,6 +70,21 @@ def test_scores_carry_errors_and_were_computed_twice(data: DataConfig, numbers: 
     json.dumps(found.outputs(), allow_nan=False)
 
 
+def test_relabelled_images_are_not_the_same_images(tmp_path: Path) -> None:
+    path, records = scene(tmp_path)
+    content = json.loads(path.read_text())
+    found = []
+    for change in ({}, {"category_id": next(entry["id"] for entry in content["categories"][::-1])}):
+        content["annotations"][0] |= change
+        path.write_text(json.dumps(content))
+        scored = measure_accuracy(COCO, path, records, tmp_path, iou_types=("bbox", "segm"))
+        found.append({entry.images for entry in scored.resamples.values()})
+    assert [len(images) for images in found] == [1, 1]
+    (one,), (other,) = found
+    assert one != other
+    assert one.partition(":")[0] == other.partition(":")[0]
+
+
 def test_what_is_not_scored_is_not_compared(tmp_path: Path) -> None:
     found = measure(COCO, tmp_path, iou_types=("bbox",))
     assert found.metrics["segm/AP"].reason == "the model predicts boxes only"

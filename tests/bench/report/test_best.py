@@ -55,6 +55,21 @@ def test_other_images_and_other_rules_are_groups_of_their_own() -> None:
     assert find_best(agnostic, ["segm/AP"]).num_tests == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("shapes_seed", 7), ("shapes_image_size", 192), ("val_annotations", "b.json")]
+)
+def test_other_data_under_the_same_ids_is_a_group_of_its_own(name: str, value: Any) -> None:
+    cells = cells_of(0.30, 0.31)
+    cells[(1,)][0]["config"]["data"][name] = value
+    assert find_best(cells, ["segm/AP"]).num_tests == 0
+
+
+def test_sizes_at_test_time_are_meant_to_be_compared() -> None:
+    cells = cells_of(0.30, 0.31)
+    cells[(1,)][0]["config"]["data"]["shortest_edge_test"] = 32
+    assert find_best(cells, ["segm/AP"]).cells == {("segm/AP", (1,))}
+
+
 def test_seeds_are_paired_and_count() -> None:
     def runs(place: int, aps: tuple[float, ...]) -> list[Any]:
         return [

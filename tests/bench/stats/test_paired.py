@@ -54,6 +54,17 @@ def test_what_was_not_drawn_together_is_not_paired(changes: dict[str, Any]) -> N
     assert paired_difference([base], [base, head], "segm/AP") is None
 
 
+def test_other_labels_are_another_set_and_older_records_do_not_tell_theirs() -> None:
+    old, new, relabelled = (scored(0.5, [0.4, 0.6], images=name) for name in ("a", "a:1", "a:2"))
+    assert image_sets([old, new]) == image_sets([new, old]) == [(100, "a:1")]
+    assert why_not_together([old, new]) is None
+    assert why_not_together([new, relabelled]) == "scored on the same 100 images, which are not labelled the same"
+    assert paired_difference([new], [new], "segm/AP") is not None
+    assert paired_difference([old], [old], "segm/AP") is not None
+    for other in (old, relabelled):
+        assert paired_difference([new], [other], "segm/AP") is None
+
+
 def test_one_image_tells_nothing() -> None:
     one = scored(0.5, [0.5, 0.5], num_images=1)
     assert paired_difference([one], [one], "segm/AP") is None

@@ -14,6 +14,7 @@ from bench.stats.bootstrap import Resampler
 from bench.stats.scores import (
     Resampled,
     digest_of_images,
+    digest_of_labels,
     largest_difference,
     number_names,
     resample_scores,
@@ -170,3 +171,18 @@ def test_a_digest_is_of_the_ids_in_their_order() -> None:
     assert digest_of_images(np.array([1, 2])) == digest_of_images(np.array([1, 2], dtype=np.int32))
     assert digest_of_images(np.array([1, 2])) != digest_of_images(np.array([2, 1]))
     assert digest_of_images(np.array([1, 2])) != digest_of_images(np.array([1, 2, 3]))
+
+
+@pytest.mark.parametrize("change", [{"category_id": 2}, {"bbox": [0, 0, 9, 9]}, {"area": 7}, {"iscrowd": 1}])
+def test_labels_count_and_ids_of_annotations_do_not(change: dict[str, Any]) -> None:
+    item = {"id": 1, "image_id": 5, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0}
+    other = item | {"id": 2, "image_id": 6}
+
+    def digest(*annotations: dict[str, Any], **image: Any) -> str:
+        return digest_of_labels({"images": [{"id": 5, **image}, {"id": 6}], "annotations": list(annotations)})
+
+    whole = digest(item, other)
+    assert whole == digest(other | {"id": 1}, item | {"id": 9})
+    assert whole != digest(item | change, other)
+    assert whole != digest(item, other, neg_category_ids=[3])
+    assert len(whole) == 16
