@@ -59,8 +59,7 @@ def load(content: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     detector = worker._detector(job, dataset, device)
     read = dataset.test_sample if detector.resized else dataset.original_sample
     samples = [read(index) for index in range(min(len(dataset), content["max_images"]))]
-    disturbances = _our_disturbances()
-    watch = disturbances.Watch(device)
+    watch = watch_of(device)
 
     def run_one(index: int) -> dict[str, Any]:
         timer = ScopeTimer(device)
@@ -81,10 +80,27 @@ def load(content: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return facts, run_one
 
 
-def _our_disturbances() -> Any:
-    """`bench.measure.disturbances` of the checkout that races, not of the one that is timed."""
-    path = Path(__file__).resolve().parent / "measure" / "disturbances.py"
-    spec = importlib.util.spec_from_file_location("race_disturbances", path)
+def watch_of(device: str) -> Any:
+    """What marks disturbed samples, for both sides in the same way, whatever their checkouts know of it."""
+    import torch
+
+    disturbances, throttle = our_module("disturbances"), None
+    if torch.device(device).type == "cuda":
+        gpu = our_module("gpu")
+        found: Any = torch.cuda.get_device_properties(device)
+        # The only name of it that CUDA and its driver's library share; see `bench.measure.moments`.
+        pci = f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+
+        def throttle() -> Any:
+            return disturbances.held_back(gpu.gpu_now(pci).get("clock_reasons"))
+
+    return disturbances.Watch(device, throttle=throttle)
+
+
+def our_module(name: str) -> Any:
+    """A module of `bench.measure` of the checkout that races, not of the one that is timed."""
+    path = Path(__file__).resolve().parent / "measure" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"race_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
