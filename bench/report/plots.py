@@ -11,7 +11,7 @@ import io
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.report.cells import (
@@ -24,6 +24,7 @@ from bench.report.cells import (
     bare,
     group_by,
     is_metric,
+    is_score,
     ordered,
     unit_of,
     value_of,
@@ -32,6 +33,7 @@ from bench.report.cells import (
 from bench.report.conditions import conditions
 from bench.report.metrics import Style, axis_label, axis_text, style_of
 from bench.report.tables import absences
+from bench.stats.paired import image_sets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,13 +86,17 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A cell on a line. x: position or metric value, None where there is none. step: its value of the axis along it."""
+    """A cell on a line. x: position or metric value, None where there is none. step: its value of the axis along it.
+
+    image_set: number of the set of images that it was scored on; scores of different ones are not compared.
+    """
 
     x: float | None
     y: Value
     step: Any = None
     low: float | None = None
     high: float | None = None
+    image_set: int = 0
 
     @property
     def bar(self) -> float:
@@ -157,6 +163,8 @@ def build_plot(
     if x_is_metric:
         along = max(rest, key=lambda name: len({axis_value(record, name) for record in records}), default="")
         rest = [name for name in rest if name != along]
+    # Only a score depends on the images; those who have none are in no set of their own.
+    sets = image_sets(records) if is_score(y) or is_score(x) else []
     positions, ticks, log_x = _axis_positions(records, along) if along else ({}, (), False)
     panels = group_by(records, rest)
     if len(panels) > _MAX_PANELS:
@@ -172,10 +180,11 @@ def build_plot(
         for line_value in line_values:
             cells = group_by(by_line.get((line_value,), []), [along] if along else [])
             steps = list(positions) if along else [None]
-            points = [
-                _point(cells.get((step,) if along else (), []), x, y, x_style, y_style, x_is_metric, positions, step)
-                for step in steps
-            ]
+            points = []
+            for step in steps:
+                cell = cells.get((step,) if along else (), [])
+                point = _point(cell, x, y, x_style, y_style, x_is_metric, positions, step)
+                points.append(replace(point, image_set=_set_of(cell, sets)))
             panel_lines.append(Line(axis_text(line_value) if lines else "", tuple(points)))
         label = ", ".join(f"{axis_label(name)} {axis_text(value)}" for name, value in zip(rest, key))
         drawn.append(Panel(label, tuple(panel_lines)))
@@ -197,7 +206,7 @@ def build_plot(
         x_is_names=not x_is_metric and any(isinstance(value, str) for value in positions),
         x_is_metric=x_is_metric,
         falling_y=y.startswith(("latency_s", "peak_memory_bytes", "flops", "num_parameters")),
-        caption=_caption(records, x, y, x_is_metric, axis_label(along) if along else ""),
+        caption=_caption(records, x, y, x_is_metric, axis_label(along) if along else "", sets),
     )
 
 
@@ -241,6 +250,19 @@ def _point(
         return Point(positions[step], value, step)
     at = _scaled(value_of(cell, x), x_style)
     return Point(at.mean, value, step, at.low, at.high)
+
+
+def _set_of(cell: Sequence[Record], sets: Sequence[tuple[int | None, str]]) -> int:
+    """Place in `sets` of the images that a cell is scored on; the first where it does not say.
+
+    A cell whose digest is missing, or does not tell the labels, is of the first set that it can be of.
+    """
+    for count, digest in image_sets(cell):
+        for place, (other, its_digest) in enumerate(sets):
+            same = digest in ("", its_digest) or its_digest.startswith(f"{digest}:")
+            if count == other and same:
+                return place
+    return 0
 
 
 def _scaled(value: Value, style: Style) -> Value:
@@ -288,8 +310,17 @@ def _metric_axis(style: Style) -> str:
     return f"{_capital(label)} ({unit})" if unit else _capital(label)
 
 
-def _caption(records: Sequence[Record], x: str, y: str, x_is_metric: bool, along: str) -> str:
+def _caption(
+    records: Sequence[Record], x: str, y: str, x_is_metric: bool, along: str, sets: Sequence[tuple[int | None, str]]
+) -> str:
     lines: list[str] = []
+    if len(sets) > 1:
+        counts = " and ".join(str(count) for count in sorted({count for count, _ in sets if count is not None}))
+        joined = "lines and Pareto fronts join" if x_is_metric else "lines join"
+        lines.append(
+            f"Scored on {len(sets)} different sets of images ({counts}), which are not comparable: "
+            f"{joined} cells of one set alone."
+        )
     if x_is_metric:
         lines += absences(records, [x, y])
     if x_is_metric and any(value_of([record], x).low is not None for record in records):
@@ -402,7 +433,8 @@ def _legend(figure: Figure, plot: Plot, colours: Sequence[str], left: float, top
             marker = _MARKERS[i % len(_MARKERS)]
             look: dict[str, Any] = {"marker": marker, "markersize": _MARKER_SIZES[marker], "markeredgecolor": "white"}
             handles.append(Line2D([], [], color=colours[i], linewidth=1.8, label=line.label, **look))
-    if plot.x_is_metric and not plot.falling_y and any(len(_front([panel])) > 1 for panel in plot.panels):
+    fronts = [front for panel in plot.panels for front in _fronts(panel)]
+    if plot.x_is_metric and not plot.falling_y and any(len(front) > 1 for front in fronts):
         handles.append(Patch(facecolor=_SHADE, edgecolor=_GREY, linewidth=0.8, label="Pareto front"))
     handles += [_state_handle(state) for state in _absent_states(plot)]
     if handles:
@@ -460,30 +492,34 @@ def _draw_panel(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]) ->
 
 
 def _shade_front(axes: Axes, panel: Panel) -> None:
-    """Shade what is beaten: whatever lies right of and below a point of the front costs more and is no better."""
-    front = _front([panel])
-    if len(front) < 2:
-        return
+    """Shade what is beaten: whatever lies right of and below a point of the front costs more and is no better.
+
+    Of several sets of images none beats another's, so that only the fronts are drawn.
+    """
+    fronts = _fronts(panel)
     right, floor = axes.get_xlim()[1], axes.get_ylim()[0]
-    xs = [x for x, _ in front] + [right]
-    ys = [y for _, y in front] + [front[-1][1]]
-    axes.fill_between(xs, ys, floor, step="post", color=_SHADE, linewidth=0, zorder=0.4)
-    axes.step([xs[0], *xs], [floor, *ys], where="post", color=_GREY, linewidth=0.7, alpha=0.8, zorder=1.4)
+    for front in fronts:
+        if len(front) < 2:
+            continue
+        xs = [x for x, _ in front] + [right]
+        ys = [y for _, y in front] + [front[-1][1]]
+        if len(fronts) == 1:
+            axes.fill_between(xs, ys, floor, step="post", color=_SHADE, linewidth=0, zorder=0.4)
+        axes.step([xs[0], *xs], [floor, *ys], where="post", color=_GREY, linewidth=0.7, alpha=0.8, zorder=1.4)
 
 
 def _is_shown(point: Point) -> bool:
     return point.x is not None and point.y.mean is not None
 
 
-def _front(panels: Iterable[Panel]) -> list[tuple[float, float]]:
-    points = [
-        (point.x, point.y.mean)
-        for panel in panels
-        for line in panel.lines
-        for point in line.points
-        if point.x is not None and point.y.mean is not None
-    ]
-    return pareto_front(points)
+def _fronts(panel: Panel) -> list[list[tuple[float, float]]]:
+    """The Pareto front of each set of images that is shown."""
+    points: dict[int, list[tuple[float, float]]] = {}
+    for line in panel.lines:
+        for point in line.points:
+            if point.x is not None and point.y.mean is not None:
+                points.setdefault(point.image_set, []).append((point.x, point.y.mean))
+    return [pareto_front(found) for _, found in sorted(points.items())]
 
 
 def _scale_axes(axes: Axes, plot: Plot) -> None:
@@ -550,8 +586,11 @@ def _draw_line(axes: Axes, plot: Plot, line: Line, colour: str, marker: str, asi
     # A point without a number breaks the line: nothing is drawn over what was not measured.
     shown = [(point.x, point.y.mean) if _is_shown(point) else (math.nan, math.nan) for point in line.points]
     xs, ys = [x or 0.0 for x, _ in shown], [y or 0.0 for _, y in shown]
-    # Between names there is nothing to interpolate: a faint line only guides the eye.
-    axes.plot(xs, ys, color=colour, linewidth=1.8, alpha=0.25 if plot.x_is_names else 1, zorder=3, transform=moved)
+    for image_set in sorted({point.image_set for point in line.points if _is_shown(point)} or {0}):
+        of_set = [y if point.image_set == image_set else math.nan for y, point in zip(ys, line.points)]
+        # Between names there is nothing to interpolate: a faint line only guides the eye.
+        alpha = 0.25 if plot.x_is_names else 1
+        axes.plot(xs, of_set, color=colour, linewidth=1.8, alpha=alpha, zorder=3, transform=moved)
     size = _MARKER_SIZES[marker]
     axes.plot(
         xs,

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_records import make_grid, make_record
 
-from bench.report.plots import _draw, build_plot, pareto_front, render
+from bench.report.plots import _draw, _fronts, build_plot, pareto_front, render
 
 
 def test_against_an_axis_there_is_a_line_per_value_and_a_point_per_step() -> None:
@@ -66,6 +67,49 @@ def test_intervals_of_the_records_are_the_vertical_bars() -> None:
     low, high = _draw(plot).axes[0].get_ylim()
     assert low < min(point.y.mean - point.bar for point in shown)
     assert high > max(point.y.mean + point.bar for point in shown)
+
+
+def two_sets() -> list:
+    """Steps 1, 2 on 200 images and 4, 8 on 1000, where all is better and as fast."""
+    records = [make_record(steps, ap=0.3 + 0.01 * i, latency_s=0.01 + 0.01 * i) for i, steps in enumerate((1, 2))]
+    records += [make_record(steps, ap=0.5 + 0.01 * i, latency_s=0.01 + 0.01 * i) for i, steps in enumerate((4, 8))]
+    for place, record in enumerate(records):
+        record["metrics"]["num_images"] = {"value": 1000 if place > 1 else 200, "unit": "images"}
+    return records
+
+
+def test_no_line_joins_cells_of_different_images() -> None:
+    plot = build_plot(two_sets(), x="sampling_steps", y="segm/AP")
+    assert [point.image_set for point in plot.panels[0].lines[0].points] == [0, 0, 1, 1]
+    assert "Scored on 2 different sets of images (200 and 1000)" in plot.caption
+    figure = _draw(plot)
+    joined = [
+        np.asarray(line.get_ydata(), dtype=float)
+        for line in figure.axes[0].lines
+        if line.get_linestyle() == "-" and np.size(line.get_xdata()) == 4
+    ]
+    assert joined
+    for values in joined:
+        drawn = ~np.isnan(values)
+        assert drawn.tolist() in ([True, True, False, False], [False, False, True, True])
+
+
+def test_a_front_is_of_one_set_of_images() -> None:
+    plot = build_plot(two_sets(), x="latency_s/total", y="segm/AP")
+    fronts = _fronts(plot.panels[0])
+    assert [[round(y) for _, y in front] for front in fronts] == [[30, 31], [50, 51]]
+    assert "lines and Pareto fronts join cells of one set alone" in plot.caption
+    render(plot)
+    # What has nothing to do with images is joined as ever.
+    timed = build_plot(two_sets(), x="sampling_steps", y="latency_s/total")
+    assert {point.image_set for point in timed.panels[0].lines[0].points} == {0}
+    assert "different sets" not in timed.caption
+
+
+def test_cells_without_a_number_of_images_are_of_one_set() -> None:
+    plot = build_plot(make_grid(), x="latency_s/total", y="segm/AP", lines="num_proposals")
+    assert {point.image_set for line in plot.panels[0].lines for point in line.points} == {0}
+    assert "different sets" not in plot.caption
 
 
 def test_too_many_panels_are_refused_with_a_way_out() -> None:
