@@ -36,6 +36,7 @@ from bench.report.cells import (
     varying_axes,
 )
 from bench.report.conditions import conditions
+from bench.report.latency import timing_of
 from bench.report.metrics import Style, axis_label, axis_text, csv_field, style_of
 from bench.stats.paired import image_sets
 
@@ -167,6 +168,8 @@ def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: st
 def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title: str | None = None) -> Table:
     """One row per cell, one column per metric; latency with its 5th and 95th percentile.
 
+    The median of a single run has its 95 % interval, where the record has the samples.
+
     Args:
         records: as for `grid_table`.
         metrics: names in column order; by default those of `LONG_METRICS` that the records know.
@@ -179,22 +182,25 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
     values = {(name, key): value_of(found, name) for name in names for key, found in groups.items()}
     best = find_best(groups, names)
     spans = {name: _Spans.of(value for (of, _), value in values.items() if of == name) for name in names}
+    within = {cell: found for cell in values if (found := _within_run(groups[cell[1]], cell[0])) is not None}
+    timed = {name for name, _ in within}
     body = []
     for key in _row_keys(records, axes):
         entries = []
         for name in names:
             style = style_of(name, unit_of(records, name))
-            entry = _entry(values[name, key], style, spans[name], quantiles=style.quantiles)
+            ends = within.get((name, key), (None, None)) if name in timed else None
+            entry = _entry(values[name, key], style, spans[name], quantiles=style.quantiles, ends=ends)
             entries.append(replace(entry, is_best=(name, key) in best.cells))
         body.append((*(_key_entry(part) for part in key), *_said_once(entries)))
-    metric_columns = [_metric_column(name, records, spans[name]) for name in names]
+    metric_columns = [_metric_column(name, records, spans[name], has_ends=name in timed) for name in names]
     return Table(
         title=title or "All cells",
         columns=(*(_key_column(name, records) for name in axes), *metric_columns),
         rows=tuple(body),
         num_keys=len(axes),
         conditions=conditions(records, names),
-        notes=_notes(records, names, list(values.values()), best, quantiles=True),
+        notes=_notes(records, names, list(values.values()), best, quantiles=True, has_ends=bool(timed)),
     )
 
 
@@ -348,18 +354,36 @@ class _Spans:
         return (f"{name}{unit}", f"{name} ±{unit}", f"{name} ± over") if self.over else (f"{name}{unit}",)
 
 
-def _metric_column(name: str, records: Sequence[Record], spans: _Spans) -> Column:
+def _within_run(cell: Sequence[Record], name: str) -> tuple[float, float] | None:
+    """The 95 % interval of a latency of a cell of one run; None where there is none to tell."""
+    if len(cell) != 1 or not style_of(name).quantiles or not is_measured(cell[0], name):
+        return None
+    timing = timing_of(cell[0], name)
+    return None if timing is None or timing.low is None or timing.high is None else (timing.low, timing.high)
+
+
+def _metric_column(name: str, records: Sequence[Record], spans: _Spans, *, has_ends: bool = False) -> Column:
     style = style_of(name, unit_of(records, name))
     unit = f" [{style.unit}]" if style.unit else " [x100]" if style.scale == 100 else ""
     ends = (f"{name}/p5{unit}", f"{name}/p95{unit}") if style.quantiles else ()
-    return Column(style.label, (*spans.csv_names(name, unit), *ends), style.unit)
+    within = (f"{name}/low{unit}", f"{name}/high{unit}") if has_ends else ()
+    return Column(style.label, (*spans.csv_names(name, unit), *ends, *within), style.unit)
 
 
-def _entry(value: Value, style: Style, spans: _Spans, *, quantiles: bool) -> Entry:
+def _entry(
+    value: Value,
+    style: Style,
+    spans: _Spans,
+    *,
+    quantiles: bool,
+    ends: tuple[float | None, float | None] | None = None,
+) -> Entry:
+    """ends: of the interval of a median, in a column that has some."""
     if value.mean is None:
         word = STATE_TEXT[value.state]
         text = _MARKS[value.state] if value.state in {"unmeasured", "absent"} else f"{_MARKS[value.state]} {word}"
-        return Entry(text, (word,) * ((3 if spans.over else 1) + 2 * quantiles), value.state)
+        count = (3 if spans.over else 1) + 2 * quantiles + 2 * (ends is not None)
+        return Entry(text, (word,) * count, value.state)
     text, short, range_ = style.format(value.mean), style.format(value.mean), ""
     if value.half is not None:
         text += f" ± {style.format(value.half)}"
@@ -368,14 +392,18 @@ def _entry(value: Value, style: Style, spans: _Spans, *, quantiles: bool) -> Ent
     elif value.spread is not None:
         text += f" ± {style.format(value.spread)}"
         short = text
+    if ends is not None and ends[0] is not None and ends[1] is not None:
+        range_ = f" [{style.format(ends[0])}–{style.format(ends[1])}]"
     if quantiles and value.low is not None and value.high is not None:
-        range_ = f" ({style.format(value.low)}–{style.format(value.high)})"
+        range_ += f" ({style.format(value.low)}–{style.format(value.high)})"
     lost = f", {value.count} of {value.total} runs" if value.count < value.total else ""
     fields = [_csv_number(value.mean, style)]
     if spans.over:
         fields += [_csv_number(value.half, style), _and(value.over)]
     if quantiles:
         fields += [_csv_number(value.low, style), _csv_number(value.high, style)]
+    if ends is not None:
+        fields += [_csv_number(end, style) for end in ends]
     return Entry(text + range_ + lost, tuple(fields), without_range=short + lost, lost=lost)
 
 
@@ -408,13 +436,20 @@ def _said_once(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _notes(
-    records: Sequence[Record], metrics: Sequence[str], values: Sequence[Value], best: Best, *, quantiles: bool
+    records: Sequence[Record],
+    metrics: Sequence[str],
+    values: Sequence[Value],
+    best: Best,
+    *,
+    quantiles: bool,
+    has_ends: bool = False,
 ) -> tuple[str, ...]:
     notes = []
     if any(style_of(name).scale == 100 for name in metrics):
         notes.append("AP and AR are ×100.")
     if any(style_of(name).quantiles for name in metrics):
-        notes.append("Latency is the median per image" + (" (5th–95th percentile)." if quantiles else "."))
+        within = " [its 95 % interval within the run]" if has_ends else ""
+        notes.append(f"Latency is the median per image{within}" + (" (5th–95th percentile)." if quantiles else "."))
     shown = [value for value in values if value.mean is not None]
     spans = _Spans.of(shown)
     if spans.over:

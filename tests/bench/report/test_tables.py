@@ -97,6 +97,26 @@ def test_long_table_has_a_row_per_cell_and_a_column_per_metric() -> None:
     assert "7.1 (6.4–8.9)" in to_markdown(table)
 
 
+def test_a_median_that_samples_tell_has_its_interval_in_a_long_table() -> None:
+    records = [make_record(steps) for steps in (1, 2)]
+    # Ranks 2 and 8 of nine, as in tests/bench/stats/test_latency.py.
+    records[0]["samples"] = {"latency_s": {"total": [0.003, 0.001, 0.002, 0.009, 0.008, 0.007, 0.006, 0.005, 0.004]}}
+    records[0]["metrics"]["latency_s/total"]["value"] = 0.005
+    table = long_table(records, metrics=["segm/AP", "latency_s/total"])
+    first, second = csv.DictReader(io.StringIO(to_csv(table)))
+    names = ("latency_s/total/low [ms]", "latency_s/total/high [ms]")
+    assert [first[name] for name in names] == ["2", "8"]
+    assert [second[name] for name in names] == ["", ""]
+    text = to_markdown(table)
+    assert r"5.0 \[2.0–8.0\] (" in text
+    assert "Latency is the median per image [its 95 % interval within the run] (5th–95th percentile)." in table.notes
+    # Of two runs the mean of the medians is shown, which the samples of one do not tell.
+    twice = [copy.deepcopy(records[0]) for _ in range(2)]
+    twice[1]["axes"]["seed"] = 1
+    shown = long_table([*twice, records[1]], metrics=["latency_s/total"])
+    assert "latency_s/total/low [ms]" not in to_csv(shown)
+
+
 def test_long_table_names_its_metrics() -> None:
     table = long_table([make_record()], metrics=["flops", "segm/AP"], title="Cost")
     assert [column.label for column in table.columns][-2:] == ["GFLOPs", "mask AP"]
