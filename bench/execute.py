@@ -467,6 +467,9 @@ class _Runner:
             "samples": {name: value for part in outputs for name, value in part.get("samples", {}).items()},
             "sample_marks": {name: value for part in outputs for name, value in part.get("sample_marks", {}).items()},
             "per_class": {name: value for part in outputs for name, value in part.get("per_class", {}).items()},
+            "per_class_errors": {
+                name: value for part in outputs for name, value in part.get("per_class_errors", {}).items()
+            },
             "resamples": {name: value for part in outputs for name, value in part.get("resamples", {}).items()},
             "checks": {name: value for part in outputs for name, value in part.get("checks", {}).items()},
             "environment": environment,

@@ -165,14 +165,15 @@ class NodeRun(_Part):
 class RunRecord(_Part):
     """One row of a suite's table. Times are UTC, ISO 8601; durations are in seconds.
 
-    measure: what was to be measured, how long at least, and the device asked for ('auto' if none was).
-    nodes: node kind -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit
-    that ends the name ('latency_s'). sample_marks: name -> 'contended' or 'throttled' -> which samples were (see
+    measure: what was to be measured, how long at least, and the device asked for ('auto' if none was). nodes: node kind
+    -> node id. node_runs: node kind -> when it ran. samples: name -> scope -> raw values, in the unit that ends the
+    name ('latency_s'). sample_marks: name -> 'contended' or 'throttled' -> which samples were (see
     `bench.measure.disturbances`), whatever the scope; empty where nobody looked. per_class: metric name -> class name
-    -> value. resamples: metric name -> its values on resampled images. checks: name -> what was compared and the
-    largest difference ('evaluators'). code: node kind -> digest of the code that it ran; empty in records of version 1.
-    environment: of the process that took the measurements; environment_id: digest of what of it can change a number or
-    a time. duration_s: sum over the run's nodes. log: the end of the failed node's log, if one failed.
+    -> value; per_class_errors: the same -> standard error over images, where it is told. resamples: metric name -> its
+    values on resampled images. checks: name -> what was compared and the largest difference ('evaluators'). code: node
+    kind -> digest of the code that it ran; empty in records of version 1. environment: of the process that took the
+    measurements; environment_id: digest of what of it can change a number or a time. duration_s: sum over the run's
+    nodes. log: the end of the failed node's log, if one failed.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -190,6 +191,7 @@ class RunRecord(_Part):
     samples: dict[str, dict[str, list[FiniteFloat]]] = {}
     sample_marks: dict[str, dict[str, SampleMarks]] = {}
     per_class: dict[str, dict[str, FiniteFloat | None]] = {}
+    per_class_errors: dict[str, dict[str, FiniteFloat | None]] = {}
     resamples: dict[str, Resamples] = {}
     checks: dict[str, dict[str, Any]] = {}
     code: dict[str, str] = {}

@@ -42,6 +42,7 @@ class Accuracy:
 
     metrics: dict[str, Metric]
     per_class: dict[str, dict[str, float | None]]
+    per_class_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
     resamples: dict[str, Resamples] = field(default_factory=dict)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Accuracy:
         return {
             "metrics": {name: value.model_dump() for name, value in self.metrics.items()},
             "per_class": self.per_class,
+            "per_class_errors": self.per_class_errors,
             "resamples": {name: value.model_dump() for name, value in self.resamples.items()},
             "checks": self.checks,
         }
@@ -128,8 +130,12 @@ def _check_and_resample(
         seed=SEED,
     )
     ours = {f"{iou_type}/{name}": number.value for name, number in numbers.items()}
-    by_class = dict(zip(unique_names(categories), of_categories))
+    drawn_of = dict(zip(unique_names(categories), of_categories))
+    by_class = {name: number.value for name, number in drawn_of.items()}
     listed = scores.per_class[iou_type]
+    found.per_class_errors[f"{iou_type}/AP"] = {
+        name: None if value is None else drawn_of[name].standard_error for name, value in listed.items()
+    }
     differences = {name: compare_evaluators({name: value}, scores.metrics) for name, value in ours.items()}
     differences[f"{iou_type}/AP per class"] = compare_evaluators(
         {f"{iou_type}/AP of '{name}'": value for name, value in by_class.items() if name in listed},

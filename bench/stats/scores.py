@@ -56,14 +56,14 @@ def resample_scores(
     frequencies: Sequence[str] | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = SEED,
-) -> tuple[dict[str, Resampled], list[float | None]]:
+) -> tuple[dict[str, Resampled], list[Resampled]]:
     """All numbers of one evaluation with their resamples.
 
     Args:
         tables: match tables of the sizes 'all', 'small', 'medium' and 'large'.
         frequencies: 'r', 'c' or 'f' for each category, for the numbers of LVIS.
     Returns:
-        by name, and AP of each category (None without instances) of the images as they are.
+        by name, and AP of each category.
     """
     num_images = len(tables["all"].image_ids)
     resamplers = {size: Resampler(table) for size, table in tables.items()}
@@ -72,12 +72,13 @@ def resample_scores(
     # One image gives the same resample again and again, which tells nothing.
     count = num_resamples if num_images > 1 else 0
     weights = draw_weights(num_images, count, seed)
-    parts = in_chunks(lambda part: _numbers(resamplers, part, frequencies)[0], weights)
+    parts = in_chunks(lambda part: _numbers(resamplers, part, frequencies), weights)
     found = {
-        name: Resampled(_defined(value[0]), np.concatenate([part[name] for part in parts]) if parts else np.zeros(0))
+        name: Resampled(_defined(value[0]), np.concatenate([part[name] for part, _ in parts]) if parts else np.zeros(0))
         for name, value in values.items()
     }
-    return found, [_defined(value) for value in of_categories[:, 0]]
+    drawn = np.concatenate([part for _, part in parts], axis=1) if parts else np.zeros((len(of_categories), 0))
+    return found, [Resampled(_defined(value), row) for value, row in zip(of_categories[:, 0], drawn)]
 
 
 def _numbers(

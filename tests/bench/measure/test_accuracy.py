@@ -56,6 +56,14 @@ def test_scores_carry_errors_and_were_computed_twice(data: DataConfig, numbers: 
             ("images", False) if value is not None else (None, True)
         )
     assert found.per_class["segm/AP"] == scores.per_class["segm"]
+    # A class has an error exactly where it has a value: these scenes leave no class in one image alone.
+    for name, classes in found.per_class.items():
+        errors = found.per_class_errors[name]
+        assert errors.keys() == classes.keys()
+        assert {label for label, value in classes.items() if value is None} == {
+            label for label, error in errors.items() if error is None
+        }
+    assert any(error for error in found.per_class_errors["segm/AP"].values())
     check = found.checks["evaluators"]
     assert check["evaluators"] == list(EVALUATORS)
     assert EVALUATORS[0].startswith("hotcoco 1.")

@@ -161,6 +161,22 @@ def test_one_image_has_no_error() -> None:
     assert found["AP"].standard_error is None
 
 
+def test_classes_are_drawn_with_the_same_images_as_their_mean() -> None:
+    box = (10, 10, 50, 50)
+    truth = truth_of(*(block(i, i, 1, box) for i in (1, 2, 3)))
+    truth["images"] = [truth["images"][0] | {"id": i} for i in (1, 2, 3)]
+    records = [record(i, *([(1, 0.9, box)] if i < 3 else [])) for i in (1, 2, 3)]
+    scorable = prepare_coco(truth, records)
+    tables = build_size_matches(scorable.content, scorable.results, [1, 2, 3], "bbox")
+    found, of_categories = resample_scores(tables, num_resamples=50)
+    with_instances = [number for number in of_categories if number.value is not None]
+    assert len(with_instances) == 1
+    # The mean over one class is that class.
+    np.testing.assert_array_equal(with_instances[0].drawn, found["AP"].drawn)
+    assert with_instances[0].standard_error == found["AP"].standard_error > 0
+    assert all(number.standard_error is None for number in of_categories if number.value is None)
+
+
 def test_the_largest_difference() -> None:
     assert largest_difference({"a": 1.0, "b": None, "c": 2.0}, {"a": 1.25, "b": None, "d": 9.0}) == (0.25, "a")
     assert largest_difference({"a": 1.0, "b": None}, {"a": 1.0, "b": 0.0}) == (math.inf, "b")
