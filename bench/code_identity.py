@@ -24,7 +24,7 @@ PACKAGES = ("bench", "diffinst")
 BODY = ""  # the name of a module's own statements
 
 # Node kind -> the worker's function for it.
-_ROOTS = {
+_ROOTS: dict[str, tuple[str, ...]] = {
     kind: (f"bench.worker:run_{kind}",) for kind in ("dataset", "train", "weights", "predict", "score", "latency")
 }
 # Which samples a GPU throttled is a result; what asks the driver for it, on the way there, describes the machine.

@@ -21,9 +21,10 @@ from bench.diffbench import main
 from bench.fingerprints import Fingerprints
 from bench.measure.accuracy import measure_accuracy
 from bench.plan import Node, build_plan, make_id
-from bench.record import dump_json, load_record, metric
+from bench.record import dump_json, load_record, metric, pack_resamples
 from bench.store import NodeResult, Store
 from bench.suite import Suite, load_suite
+from bench.verify_pack import compare_outputs
 from diffinst.config import DataConfig
 from diffinst.evaluation.predictions import PredictionWriter, iter_predictions
 from diffinst.evaluation.scoring import score_split
@@ -518,3 +519,11 @@ def test_claims_go_along_and_are_held_to_their_lock(here: Path, capsys: pytest.C
     capsys.readouterr()
     assert main(["verify-pack", "y.zip", "--no-rescore"]) == 1
     assert "90.6, but claims.lock:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("recorded", "again"), [("a", True), ("a:1", True), ("b", False), ("a:2", False)])
+def test_resamples_of_before_labels_counted_are_those_of_the_same_ids(recorded: str, again: bool) -> None:
+    entry = {"of": "images", "num_images": 3, "seed": 0, "count": 2, "values": pack_resamples([0.5, 0.25])}
+    record = make_record(resamples={"segm/AP": entry | {"images": recorded}}, metrics={}, per_class={})
+    outputs = {"metrics": {}, "per_class": {}, "resamples": {"segm/AP": entry | {"images": "a:1"}}}
+    assert (list(compare_outputs(record, outputs)) == []) is again
