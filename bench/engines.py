@@ -138,7 +138,7 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
         "sampler": ("max_detections", "mask_threshold"),
     },
     "detectron2": {
-        "train": tuple(name for name in _OPTIMISATION if name != "clip_gradient_norm"),
+        "train": _OPTIMISATION,
         "sampler": ("max_detections", "score_threshold"),
     },
     # Of `sampler` it refuses what its code cannot follow, so all of it counts.

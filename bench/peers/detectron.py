@@ -10,9 +10,9 @@ far as detectron2 has the same thing; the suite's `options`, detectron2's own na
     data.shortest_edge_*, longest_edge_*                         INPUT.MIN_SIZE_*, MAX_SIZE_*
     data.flip_probability, crop_*                                the augmentations, in the same order and odds
     sampler.max_detections, score_threshold (if above 0)         TEST.DETECTIONS_PER_IMAGE, ROI_HEADS.SCORE_THRESH_TEST
-    sampler.nms_iou_threshold                                    ROI_HEADS.NMS_THRESH_TEST
     the data set's number of classes                             ROI_HEADS.NUM_CLASSES, RETINANET.NUM_CLASSES
 
+Suppression stays the recipe's, ROI_HEADS.NMS_THRESH_TEST: `sampler.nms_iou_threshold` is about our own proposals.
 The optimiser is detectron2's own, SGD with momentum, for which a learning rate has to be meant; the option
 SOLVER.OPTIMIZER: ADAMW, under the name that DiffusionDet gave it, takes AdamW instead. Mixed precision stays the
 recipe's. Training begins with random weights unless options name MODEL.WEIGHTS: the address in a recipe needs a
@@ -129,8 +129,6 @@ def apply_shared(cfg: Any, job: Job) -> None:
             setattr(cfg.INPUT, f"MAX_SIZE_{name}", data[f"longest_edge_{field}"])
     if sampler.get("max_detections"):
         cfg.TEST.DETECTIONS_PER_IMAGE = sampler["max_detections"]
-    if sampler.get("nms_iou_threshold") is not None:
-        cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = float(sampler["nms_iou_threshold"])
     if sampler.get("score_threshold"):
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = float(sampler["score_threshold"])
 

@@ -288,6 +288,16 @@ def test_what_a_peer_does_not_look_at_changes_no_id(tmp_path: Path, override: st
     assert (before.run_id != after.run_id) == bool(changed)
 
 
+def test_peers_that_train_here_clip_gradients_alike(tmp_path: Path) -> None:
+    for engine in ("torchvision", "{name: detectron2, python: P}"):
+        before, after = (
+            plan_of(tmp_path, f"engine: {engine}\n", f"clip_gradient_norm={norm}").cells[0] for norm in (1, 2)
+        )
+        assert before.nodes["train"] != after.nodes["train"]
+        other = plan_of(tmp_path, f"engine: {engine}\n", "clip_gradient_norm=1", "nms_iou_threshold=0.3").cells[0]
+        assert other.nodes == before.nodes  # suppression is the recipe's
+
+
 def test_cells_that_a_peer_cannot_tell_apart_are_named(tmp_path: Path) -> None:
     text = "axes: {product: {engine: [diffinst, torchvision], sampling_steps: [1, 4]}}\n"
     with pytest.raises(SuiteError, match=r"'engine=torchvision sampling_steps=1 seed=0' and .* would be the same run"):

@@ -64,6 +64,7 @@ def test_a_peer_is_told_what_it_looks_at_and_no_more(tmp_path: Path) -> None:
     assert (content["image_ids"], content["category_ids"]) == ([3, 8], [1, 5])
     assert content["sampler"] == {"max_detections": 100, "score_threshold": 0.0}
     assert {"iterations", "learning_rate", "seed", "log_every", "num_workers"} <= content["train"].keys()
+    assert content["train"]["clip_gradient_norm"] == 1.0
     assert not {"ota_k", "num_train_proposals", "matcher"} & content["train"].keys()
     assert content["engine"]["recipe"] == "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
     json.dumps(content, allow_nan=False)

@@ -109,7 +109,7 @@ def job(data: Path, folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
             "crop_shortest_edge": [64],
             "crop_size_range": [40, 60],
         },
-        "sampler": {"max_detections": 7, "score_threshold": 0.0, "nms_iou_threshold": 0.5},
+        "sampler": {"max_detections": 7, "score_threshold": 0.0},
         "weights": None,
         "device": "cpu",
         "threads": 1,
@@ -196,6 +196,15 @@ def test_predictions_and_times(data: Path, tmp_path: Path, trained: tuple[Path, 
     assert len(timed["samples"]["latency_s"]["total"]) == 3
     assert min(timed["samples"]["latency_s"]["total"]) > 0
     assert timed["peak_memory_bytes"]["rss"] > 1e8
+
+
+def test_gradients_are_clipped_as_the_suite_says(data: Path, tmp_path: Path) -> None:
+    losses = []
+    for norm in (1e-9, 1e9, None):
+        content = job(data, tmp_path / f"{norm}", "train")
+        content["train"] |= {"iterations": 3, "weight_decay": 0.0, "clip_gradient_norm": norm}
+        losses.append(result(content)["last_losses"])
+    assert losses[0] != losses[1] == losses[2]
 
 
 def test_the_optimizer_may_be_adamw(data: Path, tmp_path: Path) -> None:
