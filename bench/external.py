@@ -54,6 +54,8 @@ class Split(Protocol):
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
+    def file_names(self) -> list[str]: ...
+
 
 def make_job(
     kind: str,
@@ -83,6 +85,7 @@ def make_job(
         "annotations": str(split.annotations_path),
         "images": str(split.images_dir),
         "image_ids": list(split.image_ids),
+        "file_names": split.file_names(),
         "class_names": list(split.class_names),
         "category_ids": list(split.category_ids),
         "train": used_fields(engine["name"], "train", config["train"]) | free,

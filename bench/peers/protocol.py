@@ -33,7 +33,8 @@ class Job:
     """One training, prediction or measurement; the sections are those of the suite, as plain values.
 
     engine: name, python, checkout, recipe, engine_weights, options. folder: where results go. annotations, images: COCO
-    file and the folder of its images. image_ids: in the order of work. category_ids: the file's own, one a class.
+    or LVIS file and the folder of its images. image_ids: in the order of work. file_names: of these images, below the
+    folder. category_ids: the file's own, one a class.
     weights: file that this engine's training wrote, or None. threads: of the CPU, None for torch's own choice.
     """
 
@@ -43,6 +44,7 @@ class Job:
     annotations: Path
     images: Path
     image_ids: list[int]
+    file_names: list[str]
     class_names: list[str]
     category_ids: list[int]
     train: dict[str, Any]

@@ -1,4 +1,4 @@
-"""A COCO file as detectron2's list of dictionaries, one an image, with labels counted from 0 in the job's order."""
+"""A COCO or LVIS file as detectron2's list of dictionaries, one an image, labels counted from 0 in the job's order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def read_records(job: Job, *, annotated: bool) -> list[Record]:
     """
     content = _read(job.annotations)
     images = {image["id"]: image for image in content["images"]}
-    records = {image_id: _image_record(job, images, image_id) for image_id in job.image_ids}
+    named = zip(job.image_ids, job.file_names, strict=True)
+    records = {image_id: _image_record(job, images, image_id, name) for image_id, name in named}
     if annotated:
         agnostic = bool(job.data.get("class_agnostic"))
         labels = {category: label for label, category in enumerate(job.category_ids)}
@@ -61,11 +62,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _image_record(job: Job, images: dict[int, Record], image_id: int) -> Record:
+def _image_record(job: Job, images: dict[int, Record], image_id: int, file_name: str) -> Record:
     if image_id not in images:
         raise PeerError(f"{job.annotations}: has no image {image_id}. Give image ids of this file")
     image = images[image_id]
-    path = job.images / image["file_name"]
+    path = job.images / file_name
     if not path.is_file():
         raise PeerError(f"{path}: no such file, though {job.annotations} lists it as image {image_id}")
     return {

@@ -224,6 +224,10 @@ class CocoDataset:
         image = transform_image(self.load_image(index), Recipe(original=size, final=size))
         return Sample(image, self.image_ids[index], size)
 
+    def file_names(self) -> list[str]:
+        """The file of every image, below `images_dir`."""
+        return [info.file_name for info in self._infos]
+
     def file_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every image as it is in its file."""
         return [self._size(index) for index in range(len(self))]

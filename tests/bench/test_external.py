@@ -37,6 +37,9 @@ class Split:
         images = [{"id": image_id, "height": 4, "width": 6} for image_id in self.image_ids]
         self.annotations_path.write_text(json.dumps({"images": images}))
 
+    def file_names(self) -> list[str]:
+        return ["3.png", "val2017/8.png"]
+
 
 SIZES = [(4, 6), (4, 6)]
 
@@ -62,6 +65,7 @@ def test_a_peer_is_told_what_it_looks_at_and_no_more(tmp_path: Path) -> None:
     assert content["protocol"] == 1
     assert content["weights"] == str(tmp_path / "w")
     assert (content["image_ids"], content["category_ids"]) == ([3, 8], [1, 5])
+    assert content["file_names"] == ["3.png", "val2017/8.png"]
     assert content["sampler"] == {"max_detections": 100, "score_threshold": 0.0}
     assert {"iterations", "learning_rate", "seed", "log_every", "num_workers"} <= content["train"].keys()
     assert content["train"]["clip_gradient_norm"] == 1.0

@@ -74,6 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(data: Path, folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
+    image_ids = [1, 2, 3, 4, 5, 6] if kind == "train" else [2, 5]
     content = {
         "protocol": 1,
         "kind": kind,
@@ -81,7 +82,8 @@ def job(data: Path, folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
         "folder": str(folder),
         "annotations": str(data / "instances.json"),
         "images": str(data),
-        "image_ids": [1, 2, 3, 4, 5, 6] if kind == "train" else [2, 5],
+        "image_ids": image_ids,
+        "file_names": [f"{number}.png" for number in image_ids],
         "class_names": ["red", "green"],
         "category_ids": [3, 9],
         "train": {

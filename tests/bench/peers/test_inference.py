@@ -75,6 +75,7 @@ def job(folder: Path, **measured: Any) -> Job:
         annotations=folder,
         images=folder,
         image_ids=[1, 2, 3],
+        file_names=["1.png", "2.png", "3.png"],
         class_names=["a", "b"],
         category_ids=[7, 9],
         train={},

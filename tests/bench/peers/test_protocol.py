@@ -22,6 +22,7 @@ def content(folder: Path, **changes: Any) -> dict[str, Any]:
         "annotations": str(folder / "instances.json"),
         "images": str(folder),
         "image_ids": [3, 1],
+        "file_names": ["3.png", "1.png"],
         "class_names": ["a"],
         "category_ids": [7],
         "train": {},

@@ -42,6 +42,7 @@ def job(tmp_path: Path) -> Job:
         annotations=path,
         images=tmp_path,
         image_ids=[3, 1],
+        file_names=["3.png", "1.png"],
         class_names=["a", "b"],
         category_ids=[7, 9],
         train={},
@@ -56,6 +57,20 @@ def test_order_labels_and_crowds(job: Job) -> None:
     assert [record["image_id"] for record in records] == [3, 1]
     assert [[item["category_id"] for item in record["annotations"]] for record in records] == [[0], [1]]
     assert read_records(job, annotated=False)[0]["annotations"] == []
+
+
+def test_images_lie_where_the_job_says(job: Job) -> None:
+    # LVIS v1 names no files, and those that v0.5 names do not exist.
+    content = json.loads(job.annotations.read_text())
+    for image in content["images"]:
+        del image["file_name"]
+    content["images"][0]["file_name"] = "COCO_val2014_1.png"
+    job.annotations.write_text(json.dumps(content))
+    (job.images / "val2017").mkdir()
+    (job.images / "val2017" / "other.png").touch()
+    records = read_records(replace(job, file_names=["val2017/other.png", "1.png"]), annotated=True)
+    names = [str(job.images / "val2017" / "other.png"), str(job.images / "1.png")]
+    assert [record["file_name"] for record in records] == names
 
 
 def decoded(segmentation: dict[str, Any]) -> np.ndarray:

@@ -32,6 +32,7 @@ def write(folder: Path, **changes: Any) -> Path:
         "annotations": str(folder / "instances.json"),
         "images": str(folder),
         "image_ids": [1],
+        "file_names": ["1.png"],
         "class_names": ["a"],
         "category_ids": [7],
     } | changes

@@ -76,6 +76,9 @@ def test_file_names(image: dict[str, Any], expected: str | None) -> None:
 def test_images_in_the_folders_of_coco_and_in_one(tmp_path: Path) -> None:
     by_folder, flat = open_tiny(tmp_path / "a"), open_tiny(tmp_path / "b", flat=True)
     assert by_folder.image_ids == flat.image_ids == [5, 8, 11]
+    assert [name.rpartition("/")[2] for name in by_folder.file_names()] == flat.file_names()
+    for split in (by_folder, flat):
+        assert all((split.images_dir / name).is_file() for name in split.file_names())
     for index in range(3):
         assert np.array_equal(by_folder.load_image(index), flat.load_image(index))
 
