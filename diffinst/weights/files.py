@@ -156,7 +156,7 @@ def _storage(reference: Any) -> Storage:
         kind, key, count = reference[1], reference[2], reference[4]
         name = kind.name.removeprefix("torch.") if isinstance(kind, Name) else ""
         if name in _STORAGE_DTYPES and isinstance(key, str) and type(count) is int and count >= 0:
-            if reference[5:] not in {(), (None,)}:
+            if any(entry is not None for entry in reference[5:]) or len(reference) > 6:
                 raise RefusedPickle("views of storages, as torch before 0.4 wrote them, are not supported")
             return Storage(key, name, count)
     raise RefusedPickle("a reference in it is no storage of plain numbers")
@@ -224,7 +224,8 @@ def _read_legacy(
 
     value = Machine(content, budget, note).run()
     keys = Machine(content, budget).run()
-    if not isinstance(keys, list) or set(storages) != {key for key in keys if isinstance(key, str)}:
+    # Types first: what is no text may be nested without end, and hashing it would crash.
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(storages) != set(keys):
         raise RefusedPickle("corrupt: its list of storages does not fit")
     starts: dict[str, int] = {}
     position = content.tell()

@@ -3,7 +3,9 @@
 A pickle is a program: its instructions may import any function and call it. Here they are interpreted one by one on
 plain data. A name that an instruction would import stays a name, and "calling" it gives what this module has for that
 name, such as a description of an array; everything else is refused. Nothing is imported, no object of another library
-is made, no attribute is set, and what is allocated is bounded by the length of the file.
+is made, no attribute is set, and what is allocated is bounded by the length of the file. Values may be nested to any
+depth, so nothing here hashes, compares or prints one before its type is known: Python does so by recursion, and would
+crash, or never end where parts are shared. Keys are texts and numbers. Needs numpy alone, and Python 3.10.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class DType:
 
     def build(self, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
-        if order not in {"<", ">", "|", "="}:
+        if not isinstance(order, str) or order not in {"<", ">", "|", "="}:
             raise RefusedPickle("an array has a type that is not a plain number")
         self.code = (order if order != "=" else "<") + self.code.lstrip("<>|=")
 
@@ -109,10 +111,17 @@ STORAGE_TYPES = (
     "BoolStorage",
 )
 _NDARRAY = "numpy.ndarray"
+_KEY_TYPES = (str, bytes, int, float, bool, type(None))
+_KEY_BITS = 64  # of a number: hashes of longer ones are made equal easily, and a dict of such takes for ever
+_MAX_DIMENSIONS = 64  # numpy's
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(entry) is int and entry >= 0 for entry in value)
+    return (
+        isinstance(value, tuple)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
+    )
 
 
 def _dtype(code: Any, *_: Any) -> DType:
@@ -262,12 +271,12 @@ class Machine:
         if name == "collections.defaultdict":
             return {}
         if name in {"collections.OrderedDict", "collections.Counter"}:
-            return dict(self._paid(*arguments)) if arguments else {}
+            return _mapping(self._paid(*arguments)) if arguments else {}
         if name == "numpy.dtype":
             return _dtype(*arguments)
         if name == "_codecs.encode":
             text, encoding = arguments
-            if not isinstance(text, str) or encoding not in {"latin1", "latin-1"}:
+            if not (isinstance(text, str) and isinstance(encoding, str)) or encoding not in {"latin1", "latin-1"}:
                 raise RefusedPickle("'_codecs.encode' is allowed for latin1 text only")
             return self._paid(text).encode("latin1")
         if name in _BYTES and arguments == ():
@@ -323,7 +332,24 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any) -> TensorView:
 def _pairs(entries: list[Any]) -> dict[Any, Any]:
     if len(entries) % 2:
         raise RefusedPickle("corrupt: a key without a value")
-    return dict(zip(entries[::2], entries[1::2]))
+    return {_key(key): value for key, value in zip(entries[::2], entries[1::2])}
+
+
+def _mapping(content: Any) -> dict[Any, Any]:
+    """A copy of a dict, or of a list of pairs."""
+    if isinstance(content, dict):
+        return dict(content)
+    if not isinstance(content, (list, tuple)) or not all(type(pair) in (list, tuple) for pair in content):
+        raise RefusedPickle("a mapping is made of something that is no list of pairs")
+    return {_key(key): value for key, value in content}
+
+
+def _key(value: Any) -> Any:
+    if type(value) not in _KEY_TYPES:
+        raise RefusedPickle(f"a key is a {type(value).__name__}; allowed are texts and numbers")
+    if type(value) is int and value.bit_length() > _KEY_BITS:
+        raise RefusedPickle(f"a key is a number of more than {_KEY_BITS} bits")
+    return value
 
 
 _IGNORED = {"PROTO", "FRAME"}

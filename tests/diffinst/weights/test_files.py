@@ -222,6 +222,22 @@ class TestBrokenFiles:
         with pytest.raises(CheckpointError, match="another length"):
             open_released(path)
 
+    def test_a_legacy_list_of_storages_that_holds_something_else(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "w.pth", state(), LEGACY)
+        content = path.read_bytes()
+        # Its last pickle is the list of keys: here one that holds a tuple besides.
+        end = content.index(b"e.", content.rindex(b"\x80\x02]"))
+        path.write_bytes(content[:end] + b")" + b"\x85" * 3 + content[end:])
+        with pytest.raises(CheckpointError, match="its list of storages does not fit"):
+            open_released(path)
+
+    def test_a_view_as_old_torch_wrote_it(self, tmp_path: Path) -> None:
+        content = b"\x80\x02}\x8c\x01w(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x01"
+        with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+            archive.writestr("w/data.pkl", content + b")" + b"2\x86" * 40 + b"tQs.")
+        with pytest.raises(CheckpointError, match="views of storages"):
+            open_released(tmp_path / "w.pth")
+
     def test_one_storage_many_names(self, tmp_path: Path) -> None:
         base = torch.zeros(1000)
         path = save(tmp_path / "x.pth", {"model": {str(i): base[:] for i in range(2000)}}, ZIP)

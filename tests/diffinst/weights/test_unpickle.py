@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import subprocess
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,50 @@ def test_every_changed_byte_is_refused_or_harmless() -> None:
                 plain(read(changed))
 
 
+# Tuples in tuples; in the second each holds its part twice, so that a walk through it takes 2^40 steps.
+DEEP, SHARED = b")" + b"\x85" * 300_000, b")" + b"2\x86" * 40
+READ = """
+import io, sys
+from diffinst.weights.unpickle import Machine, RefusedPickle
+content = sys.stdin.buffer.read()
+try:
+    Machine(io.BytesIO(content), 4 * len(content)).run()
+except RefusedPickle as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("nested", [DEEP, SHARED], ids=["deep", "shared"])
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (b"}", b"Ns.", "a key is a tuple; allowed are texts and numbers"),
+        (b"}(", b"Nu.", "a key is a tuple"),
+        (b"(", b"Nd.", "a key is a tuple"),
+        (b"ccollections\nOrderedDict\n]", b"N\x86a\x85R.", "a key is a tuple"),
+        (b"c_codecs\nencode\n\x8c\x01a", b"\x86R.", "allowed for latin1 text only"),
+        (b"cnumpy\ndtype\n\x8c\x02f4\x85R(K\x03", b"tb.", "not a plain number"),
+        (b"", b".", ""),
+    ],
+)
+def test_nesting_crashes_nothing(nested: bytes, before: bytes, after: bytes, message: str) -> None:
+    # Elsewhere, since what goes wrong is a crash of the interpreter or a call that never ends.
+    content = b"\x80\x04" + before + nested + after
+    done = subprocess.run([sys.executable, "-c", READ], input=content, capture_output=True, timeout=120, check=True)
+    assert message in done.stdout.decode()
+    assert bool(message) == bool(done.stdout)
+
+
+def test_keys_are_texts_and_numbers() -> None:
+    value = {"a": 1, b"b": 2, 3: 3, 2.5: 4, False: 5, None: 6, 2**64 - 1: 7}
+    assert read(pickle.dumps(value)) == read(pickle.dumps(OrderedDict(value))) == value
+    for key in (("a", 1), 2**64, frozenset()):
+        with pytest.raises(RefusedPickle):
+            read(pickle.dumps({key: 1}))
+    with pytest.raises(RefusedPickle, match="no list of pairs"):
+        read(b"\x80\x04ccollections\nOrderedDict\n\x8c\x02ab\x85R.")
+
+
 class TestBounds:
     def test_one_block_of_bytes_is_not_copied_without_end(self) -> None:
         array = np.zeros(1000, np.uint8)
@@ -217,6 +262,12 @@ class TestBounds:
         content = pickle.dumps(np.zeros(3, np.float32), 2).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85", 1)
         with pytest.raises(RefusedPickle, match="needs 8589934588 bytes and has 12"):
             read(content)
+
+    def test_a_shape_has_as_many_dimensions_as_numpy_allows(self) -> None:
+        content = pickle.dumps(np.zeros((2, 3), np.float32), 2)
+        for shape in (b"(" + b"K\x01" * 65 + b"t", b"(\x8a\x09" + b"\x00" * 8 + b"\x01t"):
+            with pytest.raises(RefusedPickle, match="no valid type or shape"):
+                read(content.replace(b"K\x02K\x03\x86", shape, 1))
 
 
 class TestTensors:
