@@ -35,6 +35,8 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "diffinst.evaluation.coco_ap": {"torch", "bench"},
     "diffinst.evaluation.matches": {"torch", "bench"},
     "diffinst.evaluation.predictions": {"torch", "bench"},
+    "diffinst.weights.unpickle": {"torch", "pydantic", "bench", "diffinst.config"},
+    "bench.peers.run_peer": {"torch", "pydantic", "bench.engines", "diffinst.config", "matplotlib", "pandas"},
     "diffinst.model": {"bench", "matplotlib", "pandas"},
     "diffinst.engine.train": {"bench", "matplotlib", "pandas"},
     "diffinst.engine.evaluate": {"bench", "matplotlib", "pandas"},

@@ -5,38 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from bench.peers.protocol import PeerError
+from diffinst.weights.unpickle import Array, Machine
 
-# What detectron2's model zoo files are made of: containers, strings, numbers and NumPy arrays.
-_ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
-}
-_NUMPY_FUNCTIONS = ("_reconstruct", "scalar")
-
-
-def _from_buffer(data: Any, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
-    """An array out of a pickle of protocol 5."""
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
-
-
-class _DataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _NUMPY_FUNCTIONS and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return super().find_class("numpy.core.multiarray", name)
-        if name == "_frombuffer" and module in ("numpy.core.numeric", "numpy._core.numeric"):
-            return _from_buffer
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no weights need")
-        return _ALLOWED[module, name]
+_BUDGET = 4  # bytes that a pickle may have copied, in lengths of its file
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -49,14 +24,14 @@ def read_weights(path: Path) -> dict[str, Any]:
 
     try:
         if path.suffix == ".pkl":
-            content = _DataUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+            content = _read_pickle(path.read_bytes())
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what a damaged file seems to be; it fails below
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise PeerError(f"{path}: cannot be read: {error.strerror}. Give a .pth or .pkl file") from error
-    # A damaged pickle can raise nearly anything.
+    # A damaged file of torch can raise nearly anything; what the other reader refuses is a ValueError.
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -74,6 +49,23 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PeerError(f"{path}: holds a {type(content).__name__}, not named weights")
     return content if isinstance(content.get("model"), dict) else {"model": content}
+
+
+def _read_pickle(data: bytes) -> Any:
+    """What a pickle describes, its arrays made; see `diffinst.weights.unpickle`.
+
+    Raises:
+        RefusedPickle: it holds more than data.
+    """
+    content = Machine(io.BytesIO(data), _BUDGET * len(data)).run()
+    # Weights lie at the top or in a dict there. Nothing else is looked at: it may be nested without end.
+    return {key: _arrays(value) for key, value in content.items()} if isinstance(content, dict) else content
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: entry.numpy() if isinstance(entry, Array) else entry for key, entry in value.items()}
+    return value.numpy() if isinstance(value, Array) else value
 
 
 def load_into(model: Any, path: Path, *, complete: bool, ignored: frozenset[str] = frozenset()) -> None:

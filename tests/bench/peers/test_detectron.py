@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -198,6 +199,22 @@ def test_predictions_and_times(data: Path, tmp_path: Path, trained: tuple[Path, 
     assert len(timed["samples"]["latency_s"]["total"]) == 3
     assert min(timed["samples"]["latency_s"]["total"]) > 0
     assert timed["peak_memory_bytes"]["rss"] > 1e8
+
+
+def test_a_pickle_of_arrays_is_read_as_the_same_weights(
+    data: Path, tmp_path: Path, trained: tuple[Path, dict[str, Any]]
+) -> None:
+    import torch
+
+    state = torch.load(trained[0] / "weights.pth", weights_only=True)["model"]
+    content = {"model": {name: value.numpy() for name, value in state.items()}, "__author__": "x"}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    found = []
+    for path in (trained[0] / "weights.pth", tmp_path / "w.pkl"):
+        folder = tmp_path / path.suffix
+        result(job(data, folder, "predict", **_with({}, engine_weights=str(path))))
+        found.append(lines(folder / "results.jsonl"))
+    assert found[0] == found[1]
 
 
 def test_gradients_are_clipped_as_the_suite_says(data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -31,7 +33,60 @@ def test_a_pickle_of_the_model_zoo(tmp_path: Path, protocol: int) -> None:
     path.write_bytes(pickle.dumps(content, protocol=protocol))
     found = read_weights(path)
     np.testing.assert_array_equal(found["model"]["stem"], arrays["stem"])
+    assert found["model"]["stem"].dtype == np.float32
+    assert found["model"]["scale"] == 2
     assert found["matching_heuristics"] is True
+
+
+def test_weights_at_the_top_of_a_pickle(tmp_path: Path) -> None:
+    array = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps({"w": array, "n": np.array(3)}))
+    found = read_weights(tmp_path / "w.pkl")["model"]
+    np.testing.assert_array_equal(found["w"], array)
+    assert found["n"] == 3
+
+
+class Calling:
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.parts = function, arguments
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.parts
+
+
+RECONSTRUCT = np.zeros(1).__reduce__()[0]
+# The first makes an object of an address that the file names, which crashes when it is looked at.
+ATTACKS = {
+    "array of addresses": pickle.dumps({"model": {"w": Calling(np.ndarray, (1,), np.dtype("O"), b"A" * 8)}}),
+    "array of a buffer": pickle.dumps({"model": {"w": Calling(np.ndarray, (1,), np.dtype("f8"), b"A" * 8)}}),
+    "array of objects": pickle.dumps({"model": {"w": np.array([1, None], dtype=object)}}),
+    "_reconstruct of objects": pickle.dumps({"model": {"w": Calling(RECONSTRUCT, np.ndarray, (9,), b"O")}}),
+    "type of objects": pickle.dumps({"model": {"w": np.dtype("O")}}),
+    "_frombuffer of objects": (
+        b"\x80\x04}\x8c\x01wcnumpy.core.numeric\n_frombuffer\n(C\x08AAAAAAAAcnumpy\ndtype\n\x8c\x01O\x85RK\x01\x85"
+        b"\x8c\x01CtRs."
+    ),
+    "key in tuples": b"\x80\x04}" + b")" + b"\x85" * 300_000 + b"Ns.",
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_memory_is_left_alone(tmp_path: Path, name: str) -> None:
+    # Elsewhere, since what goes wrong is a crash.
+    (tmp_path / "w.pkl").write_bytes(ATTACKS[name])
+    code = """
+import sys
+from pathlib import Path
+from bench.peers.protocol import PeerError
+from bench.peers.weights import read_weights
+try:
+    print(read_weights(Path(sys.argv[1])))
+except PeerError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "w.pkl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "w.pkl: is no file of weights" in done.stdout
 
 
 def test_a_torch_file_with_and_without_the_key_model(tmp_path: Path) -> None:
