@@ -27,8 +27,8 @@ from diffinst.errors import CheckpointError
 FORMAT_VERSION = 1
 _FORMAT_KEY = "diffinst_format"
 SOURCE_KEY = "source"
-_LOSSES_KEY, _DIGEST_KEY = "losses", "sha256"
-_KNOWN_KEYS = {_FORMAT_KEY, SOURCE_KEY, _LOSSES_KEY, "config", "iteration", "class_names"}
+_LOSSES_KEY, _DIGEST_KEY, _CATEGORIES_KEY = "losses", "sha256", "category_ids"
+_KNOWN_KEYS = {_FORMAT_KEY, SOURCE_KEY, _LOSSES_KEY, "config", "iteration", "class_names", _CATEGORIES_KEY}
 _MODEL, _OPTIMIZER, _EMA = "model/", "optimizer/", "ema/"
 _SHOWN = 3  # mismatches named in an error
 
@@ -41,6 +41,7 @@ class Checkpoint:
     source: where imported weights come from, empty for those trained here; see `diffinst.weights.importing`.
     ema: moving average of `model`, of the same names; empty where none was kept.
     losses: number of bytes, and their SHA-256, that the log of losses had when the file was written; None if unknown.
+    category_ids: of the data set, one a class; empty if unknown, as in files of earlier versions.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Checkpoint:
     source: dict[str, Any] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
     losses: tuple[int, str] | None = None
+    category_ids: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -79,6 +81,7 @@ def save_checkpoint(
     source: Mapping[str, Any] | None = None,
     ema: Mapping[str, Tensor] | None = None,
     losses: tuple[int, str] | None = None,
+    category_ids: tuple[int, ...] = (),
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -90,6 +93,7 @@ def save_checkpoint(
         source: where imported weights come from, as JSON.
         ema: moving average of the state dict.
         losses: number of bytes of the log of losses so far, and their SHA-256.
+        category_ids: of the data set, one a class; empty if unknown.
     Raises:
         CheckpointError: the folder cannot be written.
     """
@@ -109,6 +113,8 @@ def save_checkpoint(
         metadata[SOURCE_KEY] = json.dumps(source)
     if losses:
         metadata[_LOSSES_KEY] = json.dumps(losses)
+    if category_ids:
+        metadata[_CATEGORIES_KEY] = json.dumps(category_ids)
     metadata[_DIGEST_KEY] = _digest(metadata, tensors)
     try:
         with replacing(path) as temporary:
@@ -189,6 +195,7 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
             ema=parts[_EMA],
             source=json.loads(metadata.get(SOURCE_KEY, "{}")),
             losses=None if losses is None else (int(losses[0]), str(losses[1])),
+            category_ids=tuple(map(int, json.loads(metadata.get(_CATEGORIES_KEY, "[]")))),
         )
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise CheckpointError(

@@ -186,7 +186,7 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from diffinst.engine.predict import find_media
+    from diffinst.engine.predict import category_ids_of, find_media
     from diffinst.engine.predict import predict as run_prediction
 
     media = find_media(files)
@@ -211,6 +211,7 @@ def predict(
             data=config.data,
             settings=config.sampler,
             class_names=loaded.class_names,
+            category_ids=category_ids_of(loaded),
             draw_threshold=draw_threshold,
             force=force,
             report=show,
@@ -425,7 +426,8 @@ def import_weights(
     _check_new_file(out, (".safetensors",), force=force, source=file)
     base = override_config(_validated(RELEASED if preset == "released" else {}, "--preset"), override or [])
     given = [text.partition("=")[0].strip().rpartition(".")[2] for text in override or []]
-    imported = run_import(file, out, base, given=given, class_names=_class_names(classes) if classes else ())
+    names, category_ids = _classes(classes) if classes else ((), ())
+    imported = run_import(file, out, base, given=given, class_names=names, category_ids=category_ids)
     count = sum(value.numel() for value in imported.weights.values())
     average = ", and their moving average" if imported.ema else ""
     typer.echo(f"wrote {out}: {imported.kind}, {len(imported.weights)} tensors of {count:,} numbers{average}")
@@ -464,18 +466,22 @@ def _check_new_file(out: Path, suffixes: tuple[str, ...], *, force: bool, source
         raise ConfigError(f"--out {out}: there is no folder {out.parent}. Make it first")
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
-    """Names in the order of the classes: the lines of a text, or the categories of COCO or LVIS annotations by id."""
+def _classes(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names in the order of the classes, and their ids, which a text does not tell.
+
+    They are the lines of a text, or the categories of COCO or LVIS annotations by id.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             categories = sorted(json.loads(text)["categories"], key=lambda category: category["id"])
-            return tuple(str(category["name"]) for category in categories)
+            names = tuple(str(category["name"]) for category in categories)
+            return names, tuple(int(category["id"]) for category in categories)
     except OSError as error:
         raise ConfigError(f"--classes {path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--classes {path}: has no list of categories with id and name") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in text.splitlines() if line.strip()), ()
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ class Rectangles:
     """Images of noise with brighter rectangles; every fifth has none. Sizes vary with the augmentation."""
 
     class_names = ("wide", "high")
+    category_ids = (1, 7)
     num_classes = 2
     image_ids = tuple(range(100, 107))
 

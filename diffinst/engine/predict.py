@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffinst.checkpoint import replacing
+from diffinst.checkpoint import Checkpoint, replacing
 from diffinst.config import DataConfig, SamplerConfig
 from diffinst.data.annotations import read_image
 from diffinst.data.transforms import Recipe, plan_test, transform_image
@@ -34,6 +34,10 @@ _COORDINATE_DIGITS = 2
 # Pixels. Smaller pictures are drawn enlarged, results stay in the file's own pixels; thin ones do not become huge.
 _SHORTEST_DRAWN_SIDE, _LONGEST_DRAWN_SIDE = 360, 4000
 _DECODED_SHARE = 0.95  # of the frames that a video seems to have; below, it is taken for damaged
+
+# COCO's ids of its 80 classes, in order: 1 to 90 with gaps. And some of their names, to tell other 80 classes apart.
+_COCO_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
+_COCO_NAMES = {0: "person", 11: "stop sign", 79: "toothbrush"}
 
 _logger = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ def predict(
     data: DataConfig,
     settings: SamplerConfig,
     class_names: Sequence[str] = (),
+    category_ids: Sequence[int] = (),
     draw_threshold: float = 0.3,
     force: bool = False,
     report: Report = lambda *_: None,
@@ -115,7 +120,7 @@ def predict(
 
     Beside each drawn picture or video, 'NAME.json' holds its results, and `RESULTS_NAME` those of all photographs: JSON
     lists of COCO results (bbox as [x, y, width, height] in pixels of the file, masks as RLE) with file names and class
-    names; category id is label plus 1. A photograph's image id is that of `find_media`. A video's results have the
+    names; category ids are those given. A photograph's image id is that of `find_media`. A video's results have the
     number of the frame, from 0, as image id, and its time in seconds ("time_s").
 
     Small photographs are drawn enlarged, with a legend below; a video keeps its size, frame rate and times, has the
@@ -128,6 +133,7 @@ def predict(
         data: sizes at test time.
         settings: sampling, post-processing and test-time augmentation.
         class_names: K names.
+        category_ids: K ids, see `category_ids_of`; a class without one has its label plus 1.
         draw_threshold: detections with a lower score are in the results but not in the pictures.
         force: replace files that are in the folder already; those of `media` never.
         report: called after each photograph and frame with what it is of, and the number of frames that are done and of
@@ -152,7 +158,7 @@ def predict(
     def photograph(medium: Medium) -> list[dict[str, Any]]:
         image = read_image(medium.path, reduce_depth=True)
         found = detect_image(model, image, medium.image_id, data=data, settings=settings)
-        results = list(coco_results(found, medium.image_id, medium.path.name, class_names))
+        results = list(coco_results(found, medium.image_id, medium.path.name, class_names, category_ids))
         drawn = draw(*enlarge(image, found, _SHORTEST_DRAWN_SIDE, _LONGEST_DRAWN_SIDE), over=False)
         with _writing(out_dir):
             _write_image(out_dir / medium.output, drawn)
@@ -177,7 +183,8 @@ def predict(
                 found = detect_image(model, frame.image, medium.image_id, data=data, settings=settings)
                 show(draw(frame.image, found, over=True), frame.pts)
                 time_s = {"time_s": round(float(frame.pts * source.time_base), 6)}
-                add(result | time_s for result in coco_results(found, number, medium.path.name, class_names))
+                results = coco_results(found, number, medium.path.name, class_names, category_ids)
+                add(result | time_s for result in results)
                 report(medium, number + 1, source.num_frames)
                 decoded = number + 1
         # FFmpeg leaves out what it cannot decode, and says nothing.
@@ -281,8 +288,27 @@ def detect_image(
     return detect(model, batch, settings)[0].to("cpu")
 
 
+def category_ids_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The data set's category id of each class; empty if unknown.
+
+    Files of earlier versions have none stored, nor do most imported weights. Models of COCO have COCO's then: those of
+    80 classes on data set coco or coco_mini, where names, if there are any, are COCO's.
+    """
+    if checkpoint.category_ids:
+        return checkpoint.category_ids
+    config, names = checkpoint.config, checkpoint.class_names
+    is_coco = config.data.dataset in ("coco", "coco_mini") and config.model.num_classes == len(_COCO_IDS)
+    if not is_coco or any(names[label : label + 1] not in ((), (name,)) for label, name in _COCO_NAMES.items()):
+        return ()
+    return _COCO_IDS
+
+
 def coco_results(
-    detections: Detections, image_id: int, file_name: str, class_names: Sequence[str] = ()
+    detections: Detections,
+    image_id: int,
+    file_name: str,
+    class_names: Sequence[str] = (),
+    category_ids: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
     """One COCO result a detection: bbox as [x, y, width, height] in pixels, masks as RLE, best score first."""
     encodings = None if detections.masks is None else encode_masks(detections.masks)
@@ -293,7 +319,7 @@ def coco_results(
         result: dict[str, Any] = {
             "image_id": image_id,
             "file_name": file_name,
-            "category_id": label + 1,
+            "category_id": category_ids[label] if label < len(category_ids) else label + 1,
             "category": class_names[label] if label < len(class_names) else f"class {label}",
             "score": round(score, 6),
             "bbox": [round(value, _COORDINATE_DIGITS) for value in (x1, y1, x2 - x1, y2 - y1)],

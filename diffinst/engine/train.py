@@ -68,6 +68,11 @@ class TrainingData(TrainingSource, Protocol):
         ...
 
     @property
+    def category_ids(self) -> Sequence[int]:
+        """The data set's id of each class, stored in the checkpoints."""
+        ...
+
+    @property
     def class_image_counts(self) -> Sequence[int]:
         """On how many images each class is; for the federated loss only."""
         ...
@@ -172,6 +177,7 @@ def train(
             config=config,
             iteration=iteration,
             class_names=tuple(dataset.class_names),
+            category_ids=tuple(dataset.category_ids),
             optimizer=optimizer_tensors(optimizer, model) if with_optimizer else None,
             ema=None if average is None else average.tensors,
             losses=(len(logged), hashlib.sha256(logged).hexdigest()),

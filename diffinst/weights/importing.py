@@ -205,7 +205,13 @@ def check_complete(path: Path, imported: Imported, config: Config) -> None:
 
 
 def import_weights(
-    path: Path, out: Path, base: Config, *, given: Iterable[str] = (), class_names: tuple[str, ...] = ()
+    path: Path,
+    out: Path,
+    base: Config,
+    *,
+    given: Iterable[str] = (),
+    class_names: tuple[str, ...] = (),
+    category_ids: tuple[int, ...] = (),
 ) -> Imported:
     """Convert a weights file.
 
@@ -214,7 +220,7 @@ def import_weights(
         base: the configuration of what weights do not tell. For a whole model its model section is replaced by what
             was read off the shapes, and a data set is chosen that has as many classes.
         given: fields that are taken from `base` all the same.
-        class_names: K names, empty if unknown.
+        class_names: K names, empty if unknown. category_ids: of the data set, as many as names, or empty if unknown.
     Raises:
         CheckpointError: see `read_released` and `check_complete`; `class_names` are not K; `out` cannot be written.
     """
@@ -249,6 +255,7 @@ def import_weights(
         config=config,
         iteration=0,
         class_names=class_names,
+        category_ids=category_ids,
         ema=imported.ema or None,
         source=imported.source,
     )

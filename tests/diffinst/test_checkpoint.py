@@ -36,6 +36,13 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
+def test_category_ids_go_around_and_earlier_files_have_none(saved: Path, tmp_path: Path) -> None:
+    assert load_checkpoint(saved).category_ids == ()
+    path = tmp_path / "ids.safetensors"
+    save_checkpoint(path, model=small_model().state_dict(), config=CONFIG, iteration=1, category_ids=(3, 13))
+    assert load_checkpoint(path).category_ids == (3, 13)
+
+
 def test_goes_around(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     assert checkpoint.path == saved

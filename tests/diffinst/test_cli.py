@@ -73,6 +73,15 @@ def test_train_evaluate_predict(config_file: Path, capsys: pytest.CaptureFixture
     assert json.loads((config_file.parent / "drawn/predictions.json").read_text())
     assert "drew 2 photographs" in capsys.readouterr().out
 
+    loaded = load_checkpoint(checkpoint)
+    assert loaded.category_ids == (1, 2, 3, 4)
+    ids = (13, 27, 31, 90)
+    save_checkpoint(Path("ids"), model=loaded.model, config=loaded.config, iteration=1, category_ids=ids)
+    assert main(["predict", "ids", str(photographs), "--out", "drawn2", "--device", "cpu"]) == 0
+    results = json.loads(Path("drawn2/predictions.json").read_text())
+    assert results
+    assert {result["category_id"] for result in results} <= {*ids}
+
 
 def test_a_training_with_stages_frozen_at_random_values_says_so(
     config_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from diffinst.build import seeded_model
-from diffinst.config import DataConfig, ModelConfig, SamplerConfig
+from diffinst.checkpoint import Checkpoint
+from diffinst.config import Config, DataConfig, ModelConfig, SamplerConfig
 from diffinst.data.annotations import read_image
-from diffinst.engine.predict import coco_results, detect_image, find_media, predict
+from diffinst.engine.predict import category_ids_of, coco_results, detect_image, find_media, predict
 from diffinst.errors import DataError
 from diffinst.model import DiffusionInst
 from diffinst.ops.rle import decode_rle
@@ -89,6 +90,28 @@ def test_results_by_hand() -> None:
         "bbox": [1.0, 1.0, 3.0, 2.0],
     }
     assert (decode_rle(encoding) == masks[0].numpy()).all()
+
+
+def test_category_ids_are_those_of_the_data_set() -> None:
+    found = Detections(torch.zeros(3, 4), torch.ones(3), torch.tensor([1, 0, 2]), None)
+    for ids, expected in ((), [2, 1, 3]), ((4, 13, 90), [13, 4, 90]):
+        assert [result["category_id"] for result in coco_results(found, 7, "7.jpg", (), ids)] == expected
+
+
+def _checkpoint(dataset: str, num_classes: int, names: tuple[str, ...] = (), ids: tuple[int, ...] = ()) -> Checkpoint:
+    config = Config(model=ModelConfig(num_classes=num_classes), data=DataConfig(dataset=dataset))
+    return Checkpoint(Path("x"), config, 0, names, {}, {}, category_ids=ids)
+
+
+def test_models_of_coco_without_stored_ids_have_those_of_coco() -> None:
+    coco = category_ids_of(_checkpoint("coco", 80))
+    assert (len(coco), coco[0], coco[11], coco[79]) == (80, 1, 13, 90)  # person, stop sign, toothbrush
+    names = ["x"] * 80
+    names[0], names[11], names[79] = "person", "stop sign", "toothbrush"
+    assert category_ids_of(_checkpoint("coco_mini", 80, tuple(names))) == coco
+    assert category_ids_of(_checkpoint("coco", 80, tuple(reversed(names)))) == ()
+    assert category_ids_of(_checkpoint("coco", 3)) == category_ids_of(_checkpoint("shapes", 80)) == ()
+    assert category_ids_of(_checkpoint("coco", 80, ids=tuple(range(80)))) == tuple(range(80))
 
 
 def test_predict_writes_pictures_and_results(model: DiffusionInst, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_a_whole_training(undisturbed: Path) -> None:
     assert checkpoint.iteration == 10
     assert checkpoint.config == tiny_config()
     assert checkpoint.class_names == ("wide", "high")
+    assert checkpoint.category_ids == (1, 7)
     assert not checkpoint.optimizer
     initial = tiny_model().state_dict()
     assert not checkpoint.ema
@@ -367,6 +368,7 @@ class FewAndMany(Rectangles):
     """Ten classes, as the federated loss needs some to leave out; of those that occur the second is rare."""
 
     class_names = tuple(f"class {number}" for number in range(10))
+    category_ids = tuple(range(10))
     class_image_counts = (900, 1, 400, 400, 400, 400, 400, 400, 400, 0)
 
     def image_labels(self) -> list[set[int]]:

@@ -61,6 +61,7 @@ def test_imported_weights_are_evaluated_and_draw(capsys: pytest.CaptureFixture) 
     assert "12 names" in output
     found = load_checkpoint(Path("in.safetensors"))
     assert found.class_names == ("disc", "square", "triangle", "star")
+    assert found.category_ids == ()
     assert found.config.sampler.num_proposals == 6
     for name, value in RELEASED["sampler"].items():
         assert getattr(found.config.sampler, name) == value
@@ -80,7 +81,8 @@ def test_classes_of_annotations() -> None:
     categories = [{"id": 9, "name": "d"}, {"id": 1, "name": "a"}, {"id": 3, "name": "b"}, {"id": 4, "name": "c"}]
     Path("x.json").write_text(json.dumps({"categories": categories}))
     assert main(["import-weights", "released.pth", "--out", "in.safetensors", "--classes", "x.json"]) == 0
-    assert load_checkpoint(Path("in.safetensors")).class_names == ("a", "b", "c", "d")
+    found = load_checkpoint(Path("in.safetensors"))
+    assert (found.class_names, found.category_ids) == (("a", "b", "c", "d"), (1, 3, 4, 9))
 
 
 class Evil:
