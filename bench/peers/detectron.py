@@ -13,6 +13,7 @@ far as detectron2 has the same thing; the suite's `options`, detectron2's own na
     the data set's number of classes                             ROI_HEADS.NUM_CLASSES, RETINANET.NUM_CLASSES
 
 Suppression stays the recipe's, ROI_HEADS.NMS_THRESH_TEST: `sampler.nms_iou_threshold` is about our own proposals.
+Gradients are clipped once, by one of the two; under ADAMW by the suite alone.
 The optimiser is detectron2's own, SGD with momentum, for which a learning rate has to be meant; the option
 SOLVER.OPTIMIZER: ADAMW, under the name that DiffusionDet gave it, takes AdamW instead. Mixed precision stays the
 recipe's. Training begins with random weights unless options name MODEL.WEIGHTS: the address in a recipe needs a
@@ -100,12 +101,15 @@ def _merge_recipe(cfg: Any, recipe: str) -> None:
 
 
 def merge_file(cfg: Any, path: str) -> None:
-    """Read a YAML configuration, with those it is based on."""
+    """Read a YAML configuration, with those it is based on; nothing in it is executed, whatever its tags say."""
+    import yaml
+
     try:
-        cfg.merge_from_file(path)
+        cfg.merge_from_file(path, allow_unsafe=False)  # detectron2's own default would execute tags
     # A file of another project or version: unknown keys, values of another type, no YAML at all.
-    except (KeyError, ValueError, AssertionError, TypeError, OSError) as error:
-        raise PeerError(f"{path}: is no configuration that detectron2 here understands ({error})") from error
+    except (KeyError, ValueError, AssertionError, TypeError, OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise PeerError(f"{path}: is no configuration that detectron2 here understands ({reason})") from error
 
 
 def apply_shared(cfg: Any, job: Job) -> None:
@@ -121,6 +125,8 @@ def apply_shared(cfg: Any, job: Job) -> None:
             setattr(cfg.SOLVER, name, _like(getattr(cfg.SOLVER, name), train[field]))
     if "schedule" in train:
         cfg.SOLVER.LR_SCHEDULER_NAME = _SCHEDULERS[train["schedule"]]
+    if train.get("clip_gradient_norm") is not None:
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False  # the training loop clips, and twice would be another thing
     for field, name in (("train", "TRAIN"), ("test", "TEST")):
         if f"shortest_edge_{field}" in data:
             edges = data[f"shortest_edge_{field}"]

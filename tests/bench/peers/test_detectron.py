@@ -226,6 +226,31 @@ def test_gradients_are_clipped_as_the_suite_says(data: Path, tmp_path: Path) -> 
     assert losses[0] != losses[1] == losses[2]
 
 
+def test_gradients_are_clipped_once(data: Path, tmp_path: Path) -> None:
+    model_zoo = pytest.importorskip("detectron2.model_zoo")
+    losses = []
+    for norm, options in ((1e9, {"SOLVER.CLIP_GRADIENTS.ENABLED": False}), (1e9, {}), (None, {})):
+        recipe = tmp_path / "clips.yaml"
+        clips = "SOLVER: {CLIP_GRADIENTS: {ENABLED: true, CLIP_VALUE: 1.0e-9}}"
+        recipe.write_text(f"_BASE_: {model_zoo.get_config_file(RECIPE)}\n{clips}\n")
+        engine = {"name": "detectron2", "recipe": str(recipe), "options": {**THIN, **options}}
+        content = job(data, tmp_path / f"{norm}-{len(options)}", "train", engine=engine)
+        content["train"] |= {"iterations": 3, "weight_decay": 0.0, "clip_gradient_norm": norm}
+        losses.append(result(content)["last_losses"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_nothing_in_a_recipe_is_executed(data: Path, tmp_path: Path) -> None:
+    recipe, touched = tmp_path / "evil.yaml", tmp_path / "touched"
+    recipe.write_text(
+        f"MODEL: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{touched}]]\n"
+    )
+    code, last = run(job(data, tmp_path / "out", "predict", **_with({}, recipe=str(recipe))))
+    assert (code, touched.exists()) == (2, False)
+    assert "evil.yaml: is no configuration that detectron2 here understands" in last["error"]
+    assert "\n" not in last["error"]
+
+
 def test_the_optimizer_may_be_adamw(data: Path, tmp_path: Path) -> None:
     engine = {"name": "detectron2", "recipe": RECIPE, "options": {**THIN, "SOLVER.OPTIMIZER": "ADAMW"}}
     content = job(data, tmp_path / "out", "train", engine=engine)
