@@ -60,6 +60,10 @@ class RecordError(BenchError):
     """A record is missing, malformed, of an unknown version, or would overwrite a different one."""
 
 
+class NewerRecordError(RecordError):
+    """A record was written by a newer version of this program: it is not damaged, and must not be displaced."""
+
+
 class PeerError(BenchError):
     """An engine of another interpreter cannot be run as asked: no such interpreter, a package or a file is missing."""
 

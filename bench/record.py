@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bench.errors import RecordError
+from bench.errors import NewerRecordError, RecordError
 
 SCHEMA_VERSION: Final = 2
 
@@ -234,13 +234,14 @@ def load_record(path: Path) -> RunRecord:
     """Read one record file.
 
     Raises:
-        RecordError: the file is unreadable, not a record, or of a schema version this program does not know.
+        RecordError: the file is unreadable, not a record, or of a schema version this program does not know
+            (NewerRecordError: of one that is to come).
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not valid JSON ({error}). Restore the file or delete it and run again") from error
     return parse_record(content, str(path))
 
@@ -257,9 +258,10 @@ def parse_record(content: Any, source: str) -> RunRecord:
         content = UPGRADES[content["schema_version"]](content)
     version = content["schema_version"]
     if version != SCHEMA_VERSION:
-        raise RecordError(
+        refusal = NewerRecordError if version > SCHEMA_VERSION else RecordError
+        raise refusal(
             f"{source}: schema version {version}, but this program reads up to {SCHEMA_VERSION}. "
-            "Use the program version that wrote it, or a newer one"
+            "Upgrade it to the version that wrote the record, or a newer one"
         )
     try:
         return RunRecord.model_validate(content)

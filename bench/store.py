@@ -29,7 +29,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.digests import WAY_OUT, is_intact
-from bench.errors import RecordError, StoreError
+from bench.errors import NewerRecordError, RecordError, StoreError
 from bench.plan import Node, PastNode
 from bench.record import RunRecord, dump_json, dump_record, load_record
 
@@ -410,6 +410,9 @@ class Store:
         Returns:
             'new'; 'same': the stored one says the same and stays; 'replaced': the stored one differs or is a failure,
             and moves to history/; 'kept': the stored one is a result and the new one is not, which goes to history/.
+        Raises:
+            NewerRecordError: the stored one was written by a newer version of this program; it stays as it is.
+            StoreError: the folder cannot be written to, or the stored record not be read.
         """
         path = self.record_path(record.suite, machine, record.run_id)
         text = dump_record(record)
@@ -423,20 +426,26 @@ class Store:
             return "new"
         try:
             stored = load_record(path)
+        except NewerRecordError:
+            raise
         except RecordError:
-            self._to_history(path, path.read_text(encoding="utf-8", errors="replace"))
+            try:
+                damaged = path.read_bytes()
+            except OSError as error:
+                raise _unusable(path, error) from error
+            self._to_history(path, damaged)
             write_atomic(path, text)
             return "replaced"
         if stored.same_result(record) and record.status == "ok":
             return "same"
         if stored.status == "ok" and record.status != "ok":
-            self._to_history(path, text)
+            self._to_history(path, text.encode())
             return "kept"
-        self._to_history(path, dump_record(stored))
+        self._to_history(path, dump_record(stored).encode())
         write_atomic(path, text)
         return "replaced"
 
-    def _to_history(self, path: Path, text: str) -> None:
+    def _to_history(self, path: Path, content: bytes) -> None:
         folder = path.parent / "history"
         try:
             folder.mkdir(exist_ok=True)
@@ -445,9 +454,9 @@ class Store:
         names = (found.name.removeprefix(f"{path.stem}.") for found in folder.glob(f"{path.stem}.*.json"))
         taken = {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal()}
         numbered = [folder / f"{path.stem}.{number}.json" for number in sorted(taken)]
-        if numbered and numbered[-1].read_text(encoding="utf-8", errors="replace") == text:
+        if numbered and numbered[-1].read_bytes() == content:
             return  # a kill between keeping the old record and writing the new one
-        write_atomic(folder / f"{path.stem}.{max(taken, default=0) + 1}.json", text, replace=False)
+        write_atomic(folder / f"{path.stem}.{max(taken, default=0) + 1}.json", content, replace=False)
 
 
 def _size(path: Path) -> int | None:

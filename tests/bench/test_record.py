@@ -65,6 +65,7 @@ def test_nodes_of_before_devices_were_noted_load_and_are_written_as_they_were() 
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "not a run record"),
         ('{"schema_version": 3}', "schema version 3, but this program reads up to 2"),
         ('{"schema_version": 1}', "suite: Field required"),

@@ -12,7 +12,7 @@ import pytest
 from run_records import make_record
 
 from bench import store as store_module
-from bench.errors import StoreError
+from bench.errors import NewerRecordError, StoreError
 from bench.plan import Node
 from bench.record import dump_json, metric
 from bench.store import NodeResult, Store, later_text, write_atomic
@@ -191,6 +191,28 @@ def test_a_damaged_record_is_kept_and_replaced(store: Store) -> None:
     assert store.write_record(make_record(), "box") == "replaced"
     assert store.records() == [make_record()]
     assert (path.parent / "history/00ff.1.json").read_text() == "{half"
+
+
+@pytest.mark.parametrize("content", [b"{half \xff", b"[" * 100_000], ids=["no text", "too deep"])
+def test_a_damaged_record_keeps_its_bytes(store: Store, content: bytes) -> None:
+    path = store.record_path("steps", "box", "00ff")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert store.write_record(make_record(), "box") == "replaced"
+    assert store.records() == [make_record()]
+    assert (path.parent / "history/00ff.1.json").read_bytes() == content
+
+
+def test_a_newer_record_is_refused_and_stays(store: Store) -> None:
+    store.write_record(make_record(), "box")
+    path = store.record_path("steps", "box", "00ff")
+    text = json.dumps(json.loads(path.read_text()) | {"schema_version": 99, "novelty": 1})
+    path.write_text(text)
+    with pytest.raises(NewerRecordError, match=r"00ff\.json: schema version 99, .* reads up to 2\. Upgrade") as caught:
+        store.write_record(make_record(command="again"), "box")
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == text
+    assert history(store) == []
 
 
 def test_a_kill_between_keeping_and_writing_keeps_one_copy(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
