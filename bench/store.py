@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bench.digests import WAY_OUT, is_intact
 from bench.errors import NewerRecordError, RecordError, StoreError
 from bench.plan import Node, PastNode
-from bench.record import RunRecord, dump_json, dump_record, load_record
+from bench.record import RunRecord, collector_paused, dump_json, dump_record, load_plain, load_record
 
 DONE_VERSION: Final = 1
 ATTEMPTS_NAME = "attempts.txt"  # a line for each start
@@ -401,8 +401,21 @@ class Store:
         Raises:
             RecordError: one of them is unreadable.
         """
+        with collector_paused():
+            return [load_record(path) for path in self._record_files(suite, machine)]
+
+    def plain_records(self, suite: str | None = None, machine: str | None = None) -> list[dict[str, Any]]:
+        """The same as plain JSON objects, in less than half the time.
+
+        Raises:
+            RecordError: one of them is unreadable.
+        """
+        with collector_paused():
+            return [load_plain(path) for path in self._record_files(suite, machine)]
+
+    def _record_files(self, suite: str | None, machine: str | None) -> list[Path]:
         pattern = f"{suite or '[!.]*'}/{machine or '[!.]*'}/*.json"
-        return [load_record(path) for path in sorted(self.root.glob(pattern)) if not path.name.startswith(".")]
+        return [path for path in sorted(self.root.glob(pattern)) if not path.name.startswith(".")]
 
     def write_record(self, record: RunRecord, machine: str) -> RecordChange:
         """Store a record; nothing is overwritten in silence.

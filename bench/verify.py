@@ -133,7 +133,7 @@ class _Expected:
     def _machine_texts(self, folder: Path) -> dict[str, list[str]]:
         """The tables of one machine's report, for each setting with which its records were made."""
         machine, name = folder.parent.name, folder.parent.parent.name
-        records = [record.model_dump(mode="json") for record in Store(self.results).records(name, machine)]
+        records = Store(self.results).plain_records(name, machine)
         path = self._suite_path(name)
         found: dict[str, list[str]] = {}
         for overrides, only in _settings(records) if path is not None else []:

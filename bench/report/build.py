@@ -46,9 +46,8 @@ def read_records(results: Path, suite: str) -> dict[str, list[Record]]:
     machines = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found: dict[str, list[Record]] = {}
     for machine in machines:
-        records = Store(results).records(suite, machine)
-        if records:
-            found[machine] = [record.model_dump(mode="json") for record in records]
+        if records := Store(results).plain_records(suite, machine):
+            found[machine] = records
     if not found:
         known = sorted(path.name for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
         suites = [name for name in known if not name.startswith(".") and name != REPORTS.name]

@@ -18,9 +18,11 @@ from bench.errors import RecordError
 from bench.record import (
     Metric,
     Resamples,
+    RunRecord,
     SampleMarks,
     dump_json,
     dump_record,
+    load_plain,
     load_record,
     metric,
     pack_resamples,
@@ -178,7 +180,13 @@ def test_resamples_come_back_as_float32() -> None:
 
 @pytest.mark.parametrize(
     ("count", "values", "message"),
-    [(1, "AAAAPwAAgD4=", "8 bytes instead of 4 for each of 1 draws"), (1, "AAA!", "values are not base64")],
+    [
+        (1, "AAAAPwAAgD4=", "8 bytes instead of 4 for each of 1 draws"),
+        *(
+            (1, text, "values are not base64")
+            for text in ("AAA!", "AAAAA=A=", "=AAAAA==", "AAAAAA=", "AAAA\n===", "AAAé")
+        ),
+    ],
 )
 def test_damaged_resamples_are_refused(count: int, values: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -209,6 +217,37 @@ def test_every_committed_record_loads(path: Path) -> None:
     assert {name: found.value for name, found in record.metrics.items()} == {
         name: found["value"] for name, found in content["metrics"].items()
     }
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_a_plain_record_says_what_the_record_says(path: Path) -> None:
+    plain = load_plain(path)
+    assert plain.keys() == RunRecord.model_fields.keys()
+    assert json.loads(dump_record(parse_record(plain, "plain"))) == json.loads(dump_record(load_record(path)))
+
+
+@pytest.mark.parametrize("load", [load_record, load_plain])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"duration_s": "5"}, "duration_s: Input should be a valid number"),
+        ({"metrics": {"flops": {"value": "5", "unit": "FLOP", "higher_is_better": False}}}, r"metrics\.flops\.value"),
+    ],
+)
+def test_a_number_in_quotes_is_no_number(tmp_path: Path, load: Any, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(json.loads(dump_record(make_record())) | changes))
+    with pytest.raises(RecordError, match=rf"odd\.json: {message}"):
+        load(path)
+
+
+def test_plain_records_of_a_file_do_not_share_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "short.json"
+    content = json.loads(dump_record(make_record()))
+    del content["checks"]
+    path.write_text(json.dumps(content))
+    load_plain(path)["checks"]["evaluators"] = {}
+    assert load_plain(path)["checks"] == {}
 
 
 def test_there_are_committed_records_of_the_first_version() -> None:
