@@ -15,6 +15,7 @@ CellStateName = Literal["ok", "failed", "skipped", "missing", "stale"]
 CELL_STATES: tuple[CellStateName, ...] = ("ok", "failed", "skipped", "stale", "missing")
 STATE_MARK: dict[CellStateName, str] = {"ok": "✓", "failed": "✗", "skipped": "○", "stale": "↻", "missing": "?"}
 _MAX_DIFFERENCES = 4
+Axes = frozenset[tuple[str, Any]]  # names and values; equal exactly when the mappings are
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,14 @@ def cell_states(selected: Sequence[Record], every: Sequence[Record], cells: Sequ
         cells: of the plan; None where no plan is known, and then nothing is missing or stale.
     """
     planned = {cell.run_id: cell for cell in cells or ()}
+    by_axes: dict[Axes, list[Record]] = {}
+    for record in every:
+        by_axes.setdefault(_key(record), []).append(record)
     states = []
     for record in selected:
         if record.get("status") == "missing":
             cell = planned.get(str(record.get("run_id")))
-            older = _older(record, every)
+            older = _newest_other(record, by_axes.get(_key(record), ()))
             if older is not None:
                 states.append(CellState(record, "stale", _why_stale(older, record), older))
                 continue
@@ -76,11 +80,14 @@ def _changed_code(record: Record, planned: Mapping[str, Cell]) -> str:
     return f"measured with other code than today's: that of {', '.join(changed)} has changed"
 
 
-def _older(record: Record, every: Sequence[Record]) -> Record | None:
-    """The newest record with the same axes."""
-    axes = axes_of(record)
-    same = [other for other in every if axes_of(other) == axes and other.get("run_id") != record.get("run_id")]
-    return max(same, key=lambda other: (str(other.get("started_at") or ""), str(other.get("run_id"))), default=None)
+def _key(record: Record) -> Axes:
+    return frozenset(axes_of(record).items())
+
+
+def _newest_other(record: Record, same: Sequence[Record]) -> Record | None:
+    """The newest of the records with a record's axes, itself aside."""
+    others = [other for other in same if other.get("run_id") != record.get("run_id")]
+    return max(others, key=lambda other: (str(other.get("started_at") or ""), str(other.get("run_id"))), default=None)
 
 
 def _why_stale(older: Record, record: Record) -> str:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
 from report_records import make_grid, make_record
 
 from bench.plan import Cell
+from bench.report import state as state_module
 from bench.report.build import select
+from bench.report.cells import axes_of
 from bench.report.state import cell_states, differences
 
 
@@ -70,6 +73,16 @@ def test_of_several_older_records_the_newest_counts_and_other_cells_do_not() -> 
     cells = [_cell(make_record(8))]
     (state,) = cell_states(select([first], cells).records, [first], cells)
     assert state.state == "missing"
+
+
+def test_each_record_is_looked_at_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [make_record(1 + number % 10, 1 + number // 10) for number in range(100)]
+    selected = [{**record, "run_id": f"new-{record['run_id']}", "status": "missing"} for record in every]
+    looks = []
+    monkeypatch.setattr(state_module, "axes_of", lambda record: looks.append(record) or axes_of(record))
+    states = cell_states(selected, every, None)
+    assert [state.older for state in states] == every
+    assert len(looks) <= 3 * len(every)
 
 
 def test_differences_name_settings_that_both_know() -> None:
