@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def predictions(found: dict[int, list[tuple[int, float, Box]]], *, masks: bool =
     ]
 
 
-def finish(store: Store, node_id: str, files: list[str]) -> None:
+def finish(store: Store, node_id: str, files: list[str], outputs: dict[str, Any] | None = None) -> None:
     """Write done.json of a node whose files are there."""
     folder = store.folder(node_id)
     done = NodeResult(
@@ -51,7 +52,7 @@ def finish(store: Store, node_id: str, files: list[str]) -> None:
         duration_s=1.0,
         attempts=1,
         files={name: (folder / name).stat().st_size for name in files},
-        outputs={},
+        outputs=outputs or {},
         environment={},
     )
     (folder / "done.json").write_text(done.model_dump_json())
@@ -64,6 +65,13 @@ def add_predictions(store: Store, node_id: str, records: list[dict[str, Any]]) -
         for record in records:
             writer.add(record)
     finish(store, node_id, ["predictions/predictions-00000.jsonl"])
+
+
+def add_dataset(store: Store, node_id: str, annotations: Path) -> None:
+    """A finished node that knows which annotations were scored."""
+    store.begin(Node(node_id, "dataset", (), {}))
+    digest = hashlib.sha256(annotations.read_bytes()).hexdigest()
+    finish(store, node_id, [], {"splits": {"val": {"annotations_sha256": digest}}})
 
 
 def add_losses(store: Store, node_id: str, iterations: tuple[int, ...] = (10, 20, 30)) -> None:
@@ -92,6 +100,7 @@ def make_results(root: Path, *, masks: bool = True, **data: Any) -> tuple[Path, 
     ).model_dump(mode="json")
     records = []
     with store.lock():
+        add_dataset(store, "dataset-1", annotations)
         add_losses(store, "train-1")
         for steps, found in ((1, POOR), (2, GOOD)):
             made = predictions(found, masks=masks)

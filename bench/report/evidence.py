@@ -6,6 +6,7 @@ readers of annotations and predictions do without it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ LOSSES_NAME = "losses.jsonl"
 PREDICTIONS_FOLDER = "predictions"
 _MAX_DETECTIONS = {"coco": 100, "lvis": 300}  # an image and class; an image
 _LVIS_DETECTIONS = 300
+_MAX_NAMED = 5
 
 
 class NotThere(Exception):
@@ -231,6 +233,9 @@ class EvidenceReader:
         results = to_coco_results(records)
         if truth.class_agnostic:
             results = [{**result, "category_id": 1} for result in results]
+        if unknown := {result["category_id"] for result in results} - truth.category_names.keys():
+            numbers = ", ".join(str(number) for number in sorted(unknown)[:_MAX_NAMED])
+            raise NotThere(f"its predictions are of classes that the data set found here does not have: {numbers}")
         return CellEvidence(record, truth, "segm" if has_masks else "bbox", tuple(_counting(results, truth)))
 
     def losses(self, record: Record) -> Losses:
@@ -275,6 +280,7 @@ class EvidenceReader:
                 raise NotThere("its data set is not in the store")
             root = self._store.folder(dataset)
         paths = catalog.resolve(data, "val", root)
+        self._check_annotations(paths.annotations, dataset)
         form = catalog.annotation_format(data)
         read: CocoAnnotations
         if form == "lvis":
@@ -302,6 +308,21 @@ class EvidenceReader:
                 number: path if path.is_file() else paths.images / path.name for number, path in pictures.items()
             }
         return Truth(content, tuple(ids), pictures, read.has_masks, data.class_agnostic, form, opened, known)
+
+    def _check_annotations(self, path: Path, dataset: str) -> None:
+        """Refuse annotations other than those that were scored, where the store knows these."""
+        node = self._store.result(dataset)
+        split = node.outputs.get("splits", {}).get("val", {}) if node is not None else {}
+        scored = split.get("annotations_sha256")
+        if scored is None or not path.is_file():
+            return  # a file that is missing is told by those who read it
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != scored:
+            raise NotThere(
+                f"{path.name} has changed since its predictions were scored: SHA-256 {found[:12]} instead of "
+                f"{scored[:12]}. Restore the file, or score again with run-suite"
+            )
 
     def _scrubbed(self, error: Exception) -> str:
         return str(scrub(_reason(error), self._private))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lvis_files import federated_scene
-from report_store import GOOD, add_predictions, make_results, predictions
+from report_store import GOOD, add_dataset, add_predictions, make_results, predictions
 
 from bench.report.evidence import EvidenceReader, NotThere, match_class
 from bench.report.html.evidence_views import precision_curve
@@ -86,9 +86,33 @@ def test_predictions_of_other_images_are_refused(tmp_path: Path) -> None:
         EvidenceReader(store).cell(records[0])
 
 
+def test_annotations_that_changed_since_they_were_scored_are_refused(tmp_path: Path) -> None:
+    results, records = make_results(tmp_path)
+    annotations = tmp_path / "data/instances.json"
+    content = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps(content | {"annotations": content["annotations"][:1]}))
+    with pytest.raises(NotThere, match=r"^instances\.json has changed .* SHA-256 .* score again") as raised:
+        EvidenceReader(Store(results)).cell(records[0])
+    assert "\n" not in str(raised.value)
+
+
+def test_predictions_of_classes_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    results, records = make_results(tmp_path)
+    store = Store(results)
+    annotations = tmp_path / "data/instances.json"
+    annotations.write_text(
+        annotations.read_text().replace('"category_id": 7', '"category_id": 9').replace('"id": 7', '"id": 9')
+    )
+    with store.lock():
+        add_dataset(store, "dataset-1", annotations)
+    with pytest.raises(NotThere, match="are of classes that the data set found here does not have: 7$"):
+        EvidenceReader(store).cell(records[0])
+
+
 def test_the_generated_set_is_never_generated_by_looking_at_it(tmp_path: Path) -> None:
     results, records = make_results(tmp_path)
     records[0]["config"]["data"] = DataConfig(dataset="shapes").model_dump(mode="json")
+    records[0]["nodes"]["dataset"] = "dataset-9"
     before = sorted(results.rglob("*"))
     with pytest.raises(NotThere, match="its data set is not in the store"):
         EvidenceReader(Store(results)).cell(records[0])
