@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from report_records import make_record
 
 from bench.calibration import Floor, Noise
 from bench.compare import compare
-from bench.compare_cli import read_results
+from bench.diffbench import main
 from bench.plan import build_plan
+from bench.record import dump_json
+from bench.report.build import read_records
 from bench.report.tables import grid_table, long_table, to_csv
 from bench.stats.bootstrap import bootstrap
 from bench.suite import load_suite
@@ -30,6 +34,7 @@ pytestmark = pytest.mark.bench
 
 NUM_RECORDS = 10_000
 MAX_SECONDS = 5.0  # of CPU time: what others do on the machine is none of a record's business
+BUSY = 4  # how many times as long a busy machine may take for whole commands: its caches and clock are shared
 
 
 def on_cpu(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -188,13 +193,59 @@ def test_a_grid_of_10_000_records(benchmark: Any, cells: Any) -> None:
     assert (len(table.rows), len(table.columns)) == (100, 101)
 
 
-def test_reading_10_000_records(benchmark: Any, sides: Any, tmp_path: Path) -> None:
-    for name, records in zip(("base", "head"), sides):
-        folder = tmp_path / name / "quickstart" / MACHINE
-        folder.mkdir(parents=True)
-        for number, record in enumerate(records):
-            (folder / f"{number}.json").write_text(json.dumps(record))
-    found = benchmark.pedantic(
-        lambda: [read_results(tmp_path / name) for name in ("base", "head")], rounds=1, iterations=1
-    )
-    assert [len(records) for records in found] == [NUM_RECORDS // 2] * 2
+REAL = Path(__file__).parents[2] / "results/quickstart/intel-xeon-2c-30512d"
+
+
+@pytest.fixture(scope="module")
+def real_folder() -> Iterator[Path]:
+    """A suite's folder with 5,000 records each of 'base' and 'head', as large as committed ones: 600 MB."""
+    found = [json.loads(path.read_text()) for path in sorted(REAL.glob("*.json"))]
+    committed = [record for record in found if record["status"] == "ok" and record["resamples"]]
+    with tempfile.TemporaryDirectory() as root:
+        for side, factor in (("base", 1.0), ("head", 1.001)):
+            folder = Path(root) / "quickstart" / side
+            folder.mkdir(parents=True)
+            for number in range(NUM_RECORDS // 2):
+                record = copy.copy(committed[number % len(committed)])
+                record["run_id"] = f"{number:016x}"
+                record["axes"] = record["axes"] | {"num_proposals": 1 + number % 50, "sampling_steps": 1 + number // 50}
+                record["metrics"] = {
+                    name: entry if entry["value"] is None else entry | {"value": entry["value"] * factor}
+                    for name, entry in record["metrics"].items()
+                }
+                (folder / f"{record['run_id']}.json").write_text(dump_json(record))
+        yield Path(root) / "quickstart"
+
+
+def within(what: str, seconds: float, aim: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tell the CPU time of one go through all records beside its aim; it may be more where the machine is busy."""
+    limit = BUSY * aim
+    told = f"{what}: {seconds:.1f} s of CPU time for {NUM_RECORDS:,} records (aim {aim:.0f} s, limit {limit:.0f} s)"
+    with capsys.disabled():
+        sys.stdout.write(f"\n{told}\n")
+    assert seconds < limit, told
+
+
+def test_reading_10_000_records(benchmark: Any, real_folder: Path, capsys: Any) -> None:
+    seconds: list[float] = []
+    read = on_cpu(read_records, seconds)
+    found = benchmark.pedantic(read, (real_folder.parent, real_folder.name), rounds=1, iterations=1)
+    assert {machine: len(records) for machine, records in found.items()} == dict.fromkeys(("base", "head"), 5000)
+    within("reading", seconds[0], 3.0, capsys)
+
+
+def test_the_command_that_reads_10_000_records_into_tables(benchmark: Any, real_folder: Path, capsys: Any) -> None:
+    seconds: list[float] = []
+    run = on_cpu(main, seconds)
+    assert benchmark.pedantic(run, (["table", str(real_folder), "--print", "csv"],), rounds=1, iterations=1) == 0
+    assert capsys.readouterr().out.count("\n") > NUM_RECORDS
+    within("table", seconds[0], MAX_SECONDS, capsys)
+
+
+def test_the_command_that_reads_and_compares_10_000_records(benchmark: Any, real_folder: Path, capsys: Any) -> None:
+    seconds: list[float] = []
+    run = on_cpu(main, seconds)
+    arguments = ["compare", str(real_folder / "base"), str(real_folder / "head")]
+    assert benchmark.pedantic(run, (arguments,), rounds=1, iterations=1) in (0, 1, 5, 6)
+    assert capsys.readouterr().out.count("\n") > 100
+    within("compare", seconds[0], MAX_SECONDS, capsys)
