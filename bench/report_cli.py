@@ -11,7 +11,7 @@ import typer
 from bench.errors import BenchError, RecordError, StoreError, SuiteError
 from bench.report.build import FOLDER, REPORTS, read_records, select
 from bench.report.state import CellState, cell_states
-from bench.store import Store, write_atomic
+from bench.store import Store, check_inside, write_atomic
 
 if TYPE_CHECKING:
     from bench.outlook import PlanLine
@@ -106,6 +106,8 @@ def report_command(
             )
         )
         path = out or folder / name / name_of_machine / FOLDER / PAGE_NAME
+        if out is None:
+            check_inside(folder, path.parent)
         _write(path, page.text)
         typer.echo(f"wrote {path}: {_summary(states)}, {len(page.text.encode()) / 1e6:.1f} MB")
         if page.num_pictures and not page.is_generated:

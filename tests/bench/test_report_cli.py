@@ -109,6 +109,18 @@ def test_the_page_tells_no_path_of_this_machine(suite: Path) -> None:
     assert str(Path.cwd()) not in Path("a.html").read_text()
 
 
+def test_no_page_is_written_through_a_link_out_of_the_results(suite: Path, capsys: pytest.CaptureFixture) -> None:
+    outside = Path("outside")
+    outside.mkdir()
+    Path("results/small/box/report").symlink_to(outside.absolute())
+    assert main(["report", str(suite)]) == 2
+    err = capsys.readouterr().err
+    assert "results/small/box/report: a link leads from here to " in err
+    assert err.count("\n") == 1
+    assert not list(outside.iterdir())
+    assert main(["report", str(suite), "--out", "results/small/box/report/index.html"]) == 0  # it was asked for
+
+
 def test_records_alone_give_a_page_without_a_suite_file(suite: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["report", "results/small", "--machine", "box", "--out", "pages/a.html", "--no-gallery"]) == 0
     assert "wrote pages/a.html: 2 ok, 1 failed, " in capsys.readouterr().out
