@@ -48,7 +48,7 @@ onload = () => {
     }
     one.line = view.getComputedStyle(page.querySelector(".chart .mark")).fill;
     one.marks = page.querySelectorAll(".chart .mark").length;
-    one.pictures = [...page.images].map((image) => (image.loading = "eager", image.complete));
+    one.pictures = [...page.images].map((image) => image.complete && image.naturalWidth > 0);
     const scroller = page.querySelector(".scroll");
     scroller.focus();
     one.focus = page.activeElement === scroller;
@@ -78,7 +78,8 @@ def _browse(page: Path, profile: Path, *, dark: bool = False) -> tuple[str, list
 
 
 def _look(folder: Path, text: str, *, dark: bool = False) -> tuple[dict[str, Any], list[str]]:
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    # All pictures are decoded before the page counts as loaded, those that are out of sight as well.
+    (folder / "index.html").write_text(text.replace('loading="lazy"', 'loading="eager"'), encoding="utf-8")
     (folder / "frame.html").write_text(FRAME)
     document, console = _browse(folder / "frame.html", folder / f"profile-{dark}", dark=dark)
     found = re.search(r'<pre id="found">(.*?)</pre>', document, re.DOTALL)
@@ -106,11 +107,20 @@ def test_the_page_shows_without_a_complaint_on_a_desk_and_on_a_phone(tmp_path: P
         assert seen["heading"] == HOSTILE
         assert seen["scripts"] == 0
         assert seen["marks"] > 10
-        assert seen["pictures"]
+        assert len(seen["pictures"]) > 2
+        assert all(seen["pictures"])
         assert seen["focus"]
         # As the system wishes, dark, light, and as the system wishes again.
         assert seen["grounds"] == [LIGHT, DARK, LIGHT, LIGHT]
     assert found["desk"]["elements"] == found["phone"]["elements"]
+
+
+def test_the_browser_tells_a_damaged_picture(tmp_path: Path, content: ReportInput) -> None:
+    text = build_page(content).text
+    damaged = re.sub(r"(data:image/[a-z]+;base64,)[^\"]+", r"\1AAAA", text, count=1)
+    assert damaged != text
+    found, _ = _look(tmp_path, damaged)
+    assert found["desk"]["pictures"].count(False) == found["phone"]["pictures"].count(False) == 1
 
 
 def test_on_a_dark_system_it_is_dark_and_can_be_made_light(tmp_path: Path, content: ReportInput) -> None:
