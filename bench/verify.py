@@ -8,12 +8,14 @@ What is held to what:
 
 A machine's report is of a suite with the settings of one run-suite, so each `--set` and `--only` that its records name
 is tried; a file is right if one of them gives it. Plots are not compared: each version of matplotlib draws other bytes.
+
+A file that is gone is told as well: where a report has some of its tables or of its plots, it has all of them.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +23,14 @@ from bench.claims import Mismatch, check_lock, load_claims
 from bench.errors import BenchError, RecordError, SuiteError
 from bench.ledger import check_ties, find_records, load_paper_suites, make_ledger
 from bench.plan import build_plan
-from bench.report.build import FOLDER, REPORTS, TABLE_WRITERS, build_tables, select
+from bench.report.build import FOLDER, PLOT_ENDINGS, REPORTS, TABLE_WRITERS, build_tables, plot_names, select
 from bench.report.cells import Record
 from bench.report.paper import paper_tables, write_ledger, write_paper
 from bench.store import Store
 from bench.suite import Suite, load_suite
 
 ENDINGS = (".md", ".csv", ".tex")
+PLOT_SUFFIXES = tuple(f".{ending}" for ending in PLOT_ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ def verify(paths: Sequence[Path], *, results: Path, claims: Path, suites: Path) 
     for path in files:
         checked += 1
         mismatches += expected.compare(path)
+    gone = [path for path in expected.gone() if _wanted(paths, path)]
+    checked += len(gone)
+    mismatches += [Mismatch(str(path), "is missing. Restore it, or write it again with diffbench") for path in gone]
     for path in paths:
-        inside = [file for file in [*files, *claims.glob("*")] if _inside(file, path)]
+        inside = [file for file in [*files, *gone, *claims.glob("*")] if _inside(file, path)]
         if not inside:
             raise BenchError(f"{path}: holds no claim file and no generated table. Give a folder of results, or a file")
     if not checked:
@@ -69,9 +75,16 @@ def verify(paths: Sequence[Path], *, results: Path, claims: Path, suites: Path) 
 
 def _generated(results: Path) -> list[Path]:
     """Every table that the harness writes below a results folder."""
+    return [path for folder in _folders(results) for path in _with_endings(folder, ENDINGS)]
+
+
+def _folders(results: Path) -> list[Path]:
     reports = results / REPORTS
-    folders = [reports, reports / "paper", *sorted(results.glob(f"[!.]*/*/{FOLDER}"))]
-    return [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in ENDINGS]
+    return [reports, reports / "paper", *sorted(results.glob(f"[!.]*/*/{FOLDER}"))]
+
+
+def _with_endings(folder: Path, endings: Sequence[str]) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path.suffix in endings]
 
 
 def _wanted(paths: Sequence[Path], file: Path) -> bool:
@@ -86,19 +99,29 @@ def _inside(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
 
 
+@dataclass(frozen=True)
+class _Version:
+    """A machine's report with one setting: file name -> text of its tables, and the names of its plots."""
+
+    tables: dict[str, str]
+    plots: tuple[str, ...]
+
+    def like(self, found: Mapping[str, bytes]) -> int:
+        """How many of the tables that are there are as this version has them."""
+        return sum(found.get(name) == text.encode() for name, text in self.tables.items())
+
+
 class _Expected:
     """What generated files should hold; each source is read once."""
 
     def __init__(self, results: Path, claims: Path, suites: Path) -> None:
         self.results, self.claims_folder, self.suites = results, claims, suites
         self.texts: dict[Path, dict[str, list[str]]] = {}
+        self.versions: dict[Path, list[_Version]] = {}
         self.suite_paths: dict[str, Path] | None = None
 
     def compare(self, path: Path) -> list[Mismatch]:
-        folder = path.parent
-        if folder not in self.texts:
-            self.texts[folder] = self._texts(folder)
-        candidates = self.texts[folder].get(path.name, [])
+        candidates = self._of(path.parent).get(path.name, [])
         if not candidates:
             return [Mismatch(str(path), "no table of the suite makes this file as things stand. Delete it, or restore")]
         try:
@@ -109,6 +132,38 @@ class _Expected:
             return []
         nearest = min(candidates, key=lambda candidate: len(_differing(text, candidate)))
         return [_first_difference(path, text, nearest)]
+
+    def gone(self) -> Iterator[Path]:
+        """The files that belong to those that are there, and are not there themselves."""
+        for folder in _folders(self.results):
+            tables, plots = _with_endings(folder, ENDINGS), _with_endings(folder, PLOT_SUFFIXES)
+            names: list[str] = []
+            if tables or plots:
+                texts = self._of(folder)
+                if folder in self.versions:
+                    names = self._of_report(folder, tables, plots)
+                else:  # of a suite, or of the ledger
+                    stems = {path.stem for path in tables}
+                    names = [name for name in texts if Path(name).stem in stems]
+            yield from (folder / name for name in names if not (folder / name).exists())
+
+    def _of_report(self, folder: Path, tables: Sequence[Path], plots: Sequence[Path]) -> list[str]:
+        """The files of that version of a machine's report which is most like what is there."""
+        found = {path.name: path.read_bytes() for path in tables}
+        there = {*found, *(path.name for path in plots)}
+
+        def likeness(version: _Version) -> tuple[int, int]:
+            return version.like(found), -len({*version.tables, *version.plots} - there)
+
+        best = max(self.versions[folder], key=likeness, default=None)
+        if best is None:
+            return []
+        return [*(best.tables if tables else ()), *(best.plots if plots else ())]
+
+    def _of(self, folder: Path) -> dict[str, list[str]]:
+        if folder not in self.texts:
+            self.texts[folder] = self._texts(folder)
+        return self.texts[folder]
 
     def _texts(self, folder: Path) -> dict[str, list[str]]:
         """File name -> what it may hold, for one folder of generated files."""
@@ -135,7 +190,7 @@ class _Expected:
         machine, name = folder.parent.name, folder.parent.parent.name
         records = Store(self.results).plain_records(name, machine)
         path = self._suite_path(name)
-        found: dict[str, list[str]] = {}
+        versions = self.versions[folder] = []
         for overrides, only in _settings(records) if path is not None else []:
             try:
                 suite = load_suite(path, overrides) if path is not None else None
@@ -144,8 +199,14 @@ class _Expected:
                 continue  # a setting of an older version of the suite
             assert suite is not None
             assert plan is not None
-            _add(found, suite, select(records, plan.cells).records)
-        _add(found, load_suite(path) if path is not None else None, select(records, None).records)
+            versions += _versions(suite, select(records, plan.cells).records)
+        versions += _versions(load_suite(path) if path is not None else None, select(records, None).records)
+        found: dict[str, list[str]] = {}
+        for version in versions:
+            for name_of_table, text in version.tables.items():
+                texts = found.setdefault(name_of_table, [])
+                if text not in texts:
+                    texts.append(text)
         return found
 
     def _suite_path(self, name: str) -> Path | None:
@@ -187,18 +248,18 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield option, value
 
 
-def _add(found: dict[str, list[str]], suite: Suite | None, records: Sequence[Record]) -> None:
+def _versions(suite: Suite | None, records: Sequence[Record]) -> list[_Version]:
+    """The report of the selected records; none where it cannot be made of them."""
     if not records:
-        return
+        return []
     try:
         tables = build_tables(records, suite.tables if suite is not None else ())
     except RecordError:
-        return
-    for stem, table in tables.items():
-        for ending, writer in TABLE_WRITERS.items():
-            texts = found.setdefault(f"{stem}.{ending}", [])
-            if (text := writer(table)) not in texts:
-                texts.append(text)
+        return []
+    texts = {
+        f"{stem}.{ending}": writer(table) for stem, table in tables.items() for ending, writer in TABLE_WRITERS.items()
+    }
+    return [_Version(texts, tuple(plot_names(records, suite.plots if suite is not None else ())))]
 
 
 def _differing(text: str, other: str) -> list[int]:

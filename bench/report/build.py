@@ -24,6 +24,7 @@ from bench.store import Store
 from diffinst.config import SECTIONS, identity
 
 TABLE_WRITERS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
+PLOT_ENDINGS = ("png", "svg")  # as `render` gives them
 FOLDER = "report"  # beside the records it is made of
 REPORTS = Path("reports")  # of several suites and machines, in a results folder; no suite can have this name
 
@@ -111,14 +112,25 @@ def build_plots(records: Sequence[Record], specs: Iterable[Any] = ()) -> dict[st
         RecordError: a plot would have too many panels.
     """
     plots: dict[str, dict[str, bytes]] = {}
-    for position, spec in enumerate(_as_dicts(specs) or default_plots(records)):
-        x, y = spec["x"], spec["y"]
+    for position, (stem, spec) in enumerate(_named_plots(records, specs)):
         try:
-            plot = build_plot(records, x=x, y=y, lines=spec.get("lines"), title=spec.get("title"))
+            plot = build_plot(records, x=spec["x"], y=spec["y"], lines=spec.get("lines"), title=spec.get("title"))
         except ValueError as error:
             raise RecordError(f"plots[{position}]: {error}") from error
-        plots[_unused(_slug(f"{y}-against-{bare(x)}"), plots)] = render(plot)
+        plots[stem] = render(plot)
     return plots
+
+
+def plot_names(records: Sequence[Record], specs: Iterable[Any] = ()) -> list[str]:
+    """The files that `write_plots` would write of what `build_plots` makes, without drawing them."""
+    return [f"{stem}.{ending}" for stem, _ in _named_plots(records, specs) for ending in PLOT_ENDINGS]
+
+
+def _named_plots(records: Sequence[Record], specs: Iterable[Any]) -> list[tuple[str, dict[str, Any]]]:
+    named: dict[str, dict[str, Any]] = {}
+    for spec in _as_dicts(specs) or default_plots(records):
+        named[_unused(_slug(f"{spec['y']}-against-{bare(spec['x'])}"), named)] = spec
+    return list(named.items())
 
 
 def default_tables(records: Sequence[Record]) -> list[dict[str, Any]]:

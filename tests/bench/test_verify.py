@@ -154,6 +154,36 @@ def test_a_file_that_no_table_makes_is_named(project: Path, capsys: pytest.Captu
     assert "report/best.md: no table of the suite makes this file" in capsys.readouterr().out
 
 
+GRID = "segm-AP-by-num_proposals-and-sampling_steps"
+PLOT = "segm-AP-against-sampling_steps"
+
+
+@pytest.mark.parametrize("name", [f"small/box/report/{GRID}.md", "reports/claims.csv", "reports/paper/coco_val.tex"])
+def test_a_file_that_is_gone_is_named(project: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    path = Path("results") / name
+    path.unlink()
+    assert main(["verify"]) == 1
+    missing = f"{path}: is missing. Restore it, or write it again with diffbench\n"
+    assert capsys.readouterr().out == missing
+    assert main(["verify", str(path)]) == 1
+    assert capsys.readouterr().out == missing
+    assert main(["verify", "suites/claims"]) == 0
+
+
+def test_a_plot_that_is_gone_is_named_and_a_report_without_any_is_none(
+    project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = ["--set", "iterations=7", "--set", "sampling_steps=[1, 2]"]
+    assert main(["plot", "suites/small.yaml", *settings]) == 0
+    assert main(["verify"]) == 0
+    Path(f"results/small/box/report/{PLOT}.svg").unlink()
+    capsys.readouterr()
+    assert main(["verify"]) == 1
+    assert capsys.readouterr().out.startswith(f"results/small/box/report/{PLOT}.svg: is missing")
+    shutil.rmtree("results/small/box/report")
+    assert main(["verify"]) == 0
+
+
 def test_other_line_ends_are_another_file(project: Path, capsys: pytest.CaptureFixture) -> None:
     path = Path("results/reports/claims.csv")
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n", 1))
