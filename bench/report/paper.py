@@ -164,7 +164,7 @@ def write_paper(suite: Suite, tables: Sequence[PaperTable], folder: Path) -> dic
     markdown += ["Published numbers beside ours; AP and AR are ×100. Numbers of ours link to their records.", ""]
     for table in tables:
         markdown += [to_markdown(layout_table(table, folder)), to_markdown(_short_cells_table(table, folder))]
-        latex.append(to_latex(layout_table(table, folder, explained=True)))
+        latex.append(to_latex(layout_table(table, folder, explained=True)) + _latex_origins(table, folder))
     return {
         f"{suite.name}.md": "\n".join(markdown).rstrip() + "\n",
         f"{suite.name}.tex": "\n".join(latex),
@@ -286,6 +286,16 @@ def _explained(cell: PaperCell) -> str:
         return ""
     record = f" Record {cell.attempt.records[0].record['run_id']}." if cell.attempt and cell.attempt.records else ""
     return f"{cell.row}, {cell.column}: {_verdict_of(cell)}: {why}.{record}"
+
+
+def _latex_origins(table: PaperTable, folder: Path) -> str:
+    """Comment lines with each cell's records and its command, to be copied: typeset, dashes and quotes would change."""
+    lines = []
+    for cell in table.cells:
+        if made := cell.attempt:
+            records = ", ".join(_link(found, folder) for found in made.records) or "no record"
+            lines.append(f"{cell.row}, {cell.column}: {records}: {made.command or 'no command'}")
+    return "".join(f"% {' '.join(line.split())}\n" for line in lines)
 
 
 def _writer(claim: Claim | None, metric: str) -> Callable[[float], str]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,21 @@ def test_each_number_links_to_its_record_and_has_its_command(suite: Suite, measu
     assert f"[37.3 ± 0.2 (reproduced)]({link})" in files["coco_val.md"]
     assert f"\\href{{{link}}}{{37.3 $\\pm$ 0.2 (reproduced)}}" in files["coco_val.tex"]
     assert "run-suite coco_val.yaml --data-root \\<data-root\\>" in files["coco_val.md"]
+    comments = [line for line in files["coco_val.tex"].splitlines() if line.startswith("% COCO-val-")]
+    assert len(comments) == 8
+    assert comments[0].startswith(f"% COCO-val-Res50, Mask AP (1 step): {link}, ../../coco_val/box/")
+    assert comments[0].endswith(".json: run-suite coco_val.yaml --data-root <data-root>")
+    assert comments[2].startswith("% COCO-val-Res101, Mask AP (1 step): no record: run-suite ")
+    assert f"{comments[0]}\n" in files["coco_val.tex"]
+
+
+def test_a_command_cannot_leave_its_comment(suite: Suite, measured: Path) -> None:
+    for path in (measured / "coco_val/box").glob("*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"command": "run-suite a.yaml\n\\input{other}\r\u2028\\end{table}"}))
+    text = written(suite, measured)["coco_val.tex"]
+    assert text.count("\\input{other} \\end{table}") == 2
+    assert all("other" not in line or line.startswith("% ") for line in text.splitlines())
 
 
 def test_csv_has_a_row_for_each_place_with_everything(suite: Suite, measured: Path) -> None:
@@ -95,7 +112,7 @@ def test_csv_has_a_row_for_each_place_with_everything(suite: Suite, measured: Pa
 
 
 def test_latex_is_escaped_and_explains_every_cell(suite: Suite, measured: Path) -> None:
-    text = written(suite, measured)["coco_val.tex"]
+    text = re.sub(r"\n% .*", "", written(suite, measured)["coco_val.tex"])
     assert text.startswith("% needs \\usepackage{booktabs,hyperref}")
     assert "weights/diffinst\\_coco\\_res101.safetensors" in text
     body = text.replace("\\_", "").replace("\\href{", "")
