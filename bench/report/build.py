@@ -48,7 +48,7 @@ def read_records(results: Path, suite: str) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for machine in machines:
         if records := Store(results).plain_records(suite, machine):
-            found[machine] = records
+            found[machine] = [*records]
     if not found:
         known = sorted(path.name for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
         suites = [name for name in known if not name.startswith(".") and name != REPORTS.name]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from report_records import make_grid, make_record
 
 from bench.plan import Cell
 from bench.report import state as state_module
 from bench.report.build import select
-from bench.report.cells import axes_of
+from bench.report.cells import Record, axes_of
 from bench.report.state import cell_states, differences
 
 
@@ -79,7 +81,12 @@ def test_each_record_is_looked_at_a_few_times_however_many_there_are(monkeypatch
     every = [make_record(1 + number % 10, 1 + number // 10) for number in range(100)]
     selected = [{**record, "run_id": f"new-{record['run_id']}", "status": "missing"} for record in every]
     looks = []
-    monkeypatch.setattr(state_module, "axes_of", lambda record: looks.append(record) or axes_of(record))
+
+    def look(record: Record) -> dict[str, Any]:
+        looks.append(record)
+        return axes_of(record)
+
+    monkeypatch.setattr(state_module, "axes_of", look)
     states = cell_states(selected, every, None)
     assert [state.older for state in states] == every
     assert len(looks) <= 3 * len(every)
