@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic_core import from_json
 
 from bench.calibration import NO_NOISE, Noise, calibrate, dump_calibration, load_calibration
 from bench.compare import Comparison, compare
 from bench.errors import BenchError, RecordError, StoreError
 from bench.gates import DEFAULT_GATES, Gates, load_gates
 from bench.pytest_benchmarks import read_benchmarks
-from bench.record import SCHEMA_VERSION, parse_record
+from bench.record import SCHEMA_VERSION, collector_paused, parse_record
 from bench.report.cells import Record
 from bench.report.comparison import WRITERS, summary, to_markdown
 from bench.report.frames import record_files
@@ -56,7 +53,7 @@ def compare_command(
     1 before 4 before 3 before 5 before 6.
     """
     gates, noise = judge_by(gates_file, calibration)
-    with _collector_paused():
+    with collector_paused():
         found = compare(*_read_sides(base, head, benchmarks=benchmarks), gates, noise)
     raise typer.Exit(tell(found, output_format, out))
 
@@ -129,11 +126,10 @@ def read_results(path: Path) -> list[Record]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecordError(f"{path}: cannot be read ({reason}). Give {_SIDE}") from error
-    except (ValueError, RecursionError) as error:
+        return from_json(path.read_bytes(), cache_strings="keys")
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}). Give {_SIDE}") from error
+    except ValueError as error:
         raise RecordError(f"{path}: not valid JSON ({error}). Give {_SIDE}") from error
 
 
@@ -151,18 +147,6 @@ def _checked(content: Any, source: str, path: Path) -> Record:
     # As it stands in the file, if that is of this version: dumping thousands of records takes as long as reading them.
     is_current = content["schema_version"] == SCHEMA_VERSION
     return {**(content if is_current else record.model_dump()), "path": str(path)}
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without looking for garbage cycles: records hold none, and looking through thousands of them takes seconds."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _append(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from bench.errors import BenchError, RecordError, SuiteError
 from bench.explain_cli import explain_command
 from bench.pack_cli import pack_command, verify_pack_command
 from bench.race_cli import race_command
+from bench.record import collector_paused
 from bench.report.build import (
     FOLDER,
     REPORTS,
@@ -78,6 +79,7 @@ CLAIMS, SUITES = Path("suites/claims"), Path("suites")
 
 
 @app.command()
+@collector_paused()
 def table(
     suite: SuiteArgument,
     results: ResultsOption = Path("results"),
@@ -116,6 +118,7 @@ def table(
 
 
 @app.command()
+@collector_paused()
 def plot(
     suite: SuiteArgument,
     results: ResultsOption = Path("results"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from operator import itemgetter
 from typing import Any
 
 from bench.comparability import IMAGES_AND_LABELS
@@ -32,29 +34,29 @@ class Best:
 def find_best(cells: Cells, metrics: Sequence[str]) -> Best:
     """The best cells of each metric, images and rules of scoring; records that were not drawn together give none."""
     tests: list[tuple[tuple[str, tuple[Any, ...]], float]] = []
-    for metric in metrics:
-        for group in _groups(cells, metric):
-            ranked = sorted(group, key=lambda key: value_of(cells[key], metric).mean or 0.0, reverse=True)
-            if len(ranked) > 1:
-                p_value = _p_value(cells[ranked[1]], cells[ranked[0]], metric)
+    scores = [metric for metric in metrics if is_score(metric)]
+    sets = {key: _comparable_set(records) for key, records in cells.items()} if scores else {}
+    for metric in scores:
+        groups: dict[tuple[Any, ...], list[tuple[float, tuple[Any, ...]]]] = {}
+        for key, records in cells.items():
+            mean = value_of(records, metric).mean
+            if mean is not None:
+                groups.setdefault(sets[key], []).append((mean, key))
+        for group in groups.values():
+            if len(group) > 1:
+                (_, best), (_, second) = nlargest(2, group, key=itemgetter(0))
+                p_value = _p_value(cells[second], cells[best], metric)
                 if p_value is not None:
-                    tests.append(((metric, ranked[0]), p_value))
+                    tests.append(((metric, best), p_value))
     rejected = holm([p_value for _, p_value in tests])
     return Best(frozenset(cell for (cell, _), is_best in zip(tests, rejected) if is_best), len(tests))
 
 
-def _groups(cells: Cells, metric: str) -> list[list[tuple[Any, ...]]]:
-    """Keys of cells whose values can be compared."""
-    if not is_score(metric):
-        return []
-    groups: dict[Any, list[tuple[Any, ...]]] = {}
-    for key, records in cells.items():
-        if value_of(records, metric).state == "ok":
-            data = records[0].get("config", {}).get("data", {})
-            # AP under other rules is another number, also on images of the same ids.
-            rules = tuple(str(data.get(name)) for name in IMAGES_AND_LABELS)
-            groups.setdefault((*rules, *image_sets(records)), []).append(key)
-    return list(groups.values())
+def _comparable_set(records: Sequence[Record]) -> tuple[Any, ...]:
+    """Equal for cells whose values can be compared."""
+    data = records[0].get("config", {}).get("data", {})
+    # AP under other rules is another number, also on images of the same ids.
+    return (*(str(data.get(name)) for name in IMAGES_AND_LABELS), *image_sets(records))
 
 
 def _p_value(base: Sequence[Record], head: Sequence[Record], metric: str) -> float | None:

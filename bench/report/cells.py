@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from bench.report.metrics import axis_text
@@ -56,6 +57,7 @@ class Value:
     over: tuple[str, ...] = ()
 
 
+@lru_cache(maxsize=1024)
 def bare(name: str) -> str:
     """'sampler.num_proposals' -> 'num_proposals'; field names are unique over the sections."""
     return name.rpartition(".")[2]
@@ -145,8 +147,24 @@ def value_of(records: Sequence[Record], metric: str) -> Value:
 
     AP of runs that were scored on different images is not averaged: the cell is 'incomparable'.
     """
-    if not records:
-        return Value("absent")
+    if len(records) == 1:
+        return _value_of_one(records[0], metric)
+    return _value_of_runs(records, metric) if records else Value("absent")
+
+
+def _value_of_one(record: Record, metric: str) -> Value:
+    """What `_value_of_runs` says of one run, and most cells of a large table are one."""
+    number = _number(record, metric)
+    if number is None:
+        return Value(absence_of(record), total=1, reason=reason_of_absence(record, metric))
+    error = record["metrics"][metric].get("standard_error")
+    half = None if error is None else two_sided_quantile(0.05, math.inf) * math.sqrt(error**2)
+    low, high = _number(record, f"{metric}/p5"), _number(record, f"{metric}/p95")
+    over = () if error is None else ("images",)
+    return Value("ok", mean=number, low=low, high=high, count=1, total=1, half=half, over=over)
+
+
+def _value_of_runs(records: Sequence[Record], metric: str) -> Value:
     measured = [(record, number) for record in records if (number := _number(record, metric)) is not None]
     numbers = [number for _, number in measured]
     if numbers:

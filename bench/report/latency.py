@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.report.cells import Record
-from bench.stats.latency import is_outlier, quantile
+from bench.stats.latency import Quantile, is_outlier, quantile
 
 TOTAL = "latency_s/total"
 _NAME = re.compile(r"^(latency_s|benchmark_s)/(.*?)(?:/p(\d\d?))?$")
@@ -33,13 +33,19 @@ class Timing:
     throttled: int | None = None
 
 
-def timing_of(record: Record, metric: str = TOTAL) -> Timing | None:
-    """What the samples say about 'latency_s/total' or 'latency_s/total/p95'; None where there are none."""
+def quantile_of(record: Record, metric: str = TOTAL) -> Quantile | None:
+    """The value of 'latency_s/total' or 'latency_s/total/p95' with its interval alone, which large tables ask for."""
     match = _NAME.match(metric)
     samples = match and record.get("samples", {}).get(match[1], {}).get(match[2])
-    if not match or not samples:
+    return quantile(samples, int(match[3] or 50) / 100) if match and samples else None
+
+
+def timing_of(record: Record, metric: str = TOTAL) -> Timing | None:
+    """What the samples say about 'latency_s/total' or 'latency_s/total/p95'; None where there are none."""
+    found, match = quantile_of(record, metric), _NAME.match(metric)
+    if found is None or match is None:
         return None
-    found = quantile(samples, int(match[3] or 50) / 100)
+    samples = record["samples"][match[1]][match[2]]
     marks = {name: marked(record, name, match[1]) for name in ("contended", "throttled")}
     return Timing(found.value, found.low, found.high, found.count, int(is_outlier(samples).sum()), **marks)
 

@@ -36,7 +36,7 @@ from bench.report.cells import (
     varying_axes,
 )
 from bench.report.conditions import conditions
-from bench.report.latency import timing_of
+from bench.report.latency import quantile_of
 from bench.report.metrics import Style, axis_label, axis_text, csv_field, style_of
 from bench.stats.paired import image_sets
 
@@ -325,9 +325,12 @@ def _fallback_axes(records: Sequence[Record]) -> list[str]:
 
 
 def _row_keys(records: Sequence[Record], names: Sequence[str]) -> list[tuple[Any, ...]]:
-    orders = [ordered(axis_value(record, name) for record in records) for name in names]
+    places = [
+        {value: place for place, value in enumerate(ordered(axis_value(record, name) for record in records))}
+        for name in names
+    ]
     present = set(group_by(records, names))
-    return sorted(present, key=lambda key: tuple(order.index(part) for order, part in zip(orders, key)))
+    return sorted(present, key=lambda key: tuple(place[part] for place, part in zip(places, key)))
 
 
 def _key_column(name: str, records: Sequence[Record]) -> Column:
@@ -358,8 +361,8 @@ def _within_run(cell: Sequence[Record], name: str) -> tuple[float, float] | None
     """The 95 % interval of a latency of a cell of one run; None where there is none to tell."""
     if len(cell) != 1 or not style_of(name).quantiles or not is_measured(cell[0], name):
         return None
-    timing = timing_of(cell[0], name)
-    return None if timing is None or timing.low is None or timing.high is None else (timing.low, timing.high)
+    found = quantile_of(cell[0], name)
+    return None if found is None or found.low is None or found.high is None else (found.low, found.high)
 
 
 def _metric_column(name: str, records: Sequence[Record], spans: _Spans, *, has_ends: bool = False) -> Column:

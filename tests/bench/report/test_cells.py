@@ -6,6 +6,7 @@ import pytest
 from report_records import make_record, with_error
 
 from bench.report.cells import (
+    _value_of_runs,
     axis_value,
     group_by,
     latest,
@@ -29,6 +30,24 @@ def test_seeds_are_averaged_by_hand() -> None:
 def test_one_run_has_no_deviation() -> None:
     value = value_of([make_record(ap=0.4)], "segm/AP")
     assert (value.mean, value.spread) == (0.4, None)
+
+
+@pytest.mark.parametrize(
+    "metric", ["segm/AP", "segm/AP75", "latency_s/total", "flops", "peak_memory_bytes/cuda_allocated", "none"]
+)
+@pytest.mark.parametrize(
+    "record",
+    [
+        make_record(),
+        make_record(ap=None, latency_s=None),
+        make_record(status="failed", reason="out of memory"),
+        make_record(status="skipped"),
+        with_error(make_record(ap=0.1234567), 0.0123),
+    ],
+)
+def test_one_run_is_read_as_several_would_be(record: dict[str, object], metric: str) -> None:
+    """The short way of large tables says what the long way of runs says."""
+    assert value_of([record], metric) == _value_of_runs([record], metric)
 
 
 def test_latency_brings_its_percentiles() -> None:
