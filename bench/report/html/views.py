@@ -19,6 +19,7 @@ from bench.report.cells import (
     varying_axes,
 )
 from bench.report.html.charts import thinned
+from bench.report.latency import quantile_of
 from bench.report.metrics import axis_label, axis_text, style_of
 from bench.report.state import STATE_MARK, CellState
 
@@ -148,12 +149,19 @@ def class_bars(record: Record, name: str, metric: str) -> BarsView | None:
     values = record.get("per_class", {}).get(metric)
     if not values:
         return None
-    style = style_of(metric)
+    style, errors = style_of(metric), record.get("per_class_errors", {}).get(metric, {})
+
+    def text_of(label: str, value: float) -> str:
+        error = errors.get(label)
+        return style.format(value) + (f" ± {style.format(Z_95 * error)}" if error is not None else "")
+
     known = [(value, label) for label, value in values.items() if value is not None]
     known.sort(key=lambda entry: (-entry[0], entry[1]))
     unknown = sum(value is None for value in values.values())
-    bars = tuple(Bar(label, _percent(value), style.format(value)) for value, label in known)
+    bars = tuple(Bar(label, _percent(value), text_of(label, value)) for value, label in known)
     notes = [f"Of the cell with the best {style.label} ({name}), {style.label} ×100 of each class."]
+    if any(errors.get(label) is not None for _, label in known):
+        notes.append("±: half the 95 % interval over images.")
     if unknown:
         notes.append(f"{unknown} {'class has' if unknown == 1 else 'classes have'} no instance in the split.")
     if len(bars) <= MAX_BARS:
@@ -170,7 +178,8 @@ def latency_rows(records: Sequence[Record]) -> tuple[list[SpanRow], list[str]]:
     for record in records:
         samples = record.get("samples", {}).get("latency_s", {}).get("total")
         if record.get("status") == "ok" and samples:
-            found.append((name_of(record), np.percentile(samples, [5, 25, 50, 75, 95]) * 1e3, samples))
+            quantiles = np.percentile(samples, [5, 25, 50, 75, 95]) * 1e3
+            found.append((name_of(record), quantiles, samples, _interval_of_median(record)))
     notes = []
     if len(found) > _MAX_LATENCIES:
         ranked = sorted(found, key=lambda entry: entry[1][2])
@@ -178,8 +187,8 @@ def latency_rows(records: Sequence[Record]) -> tuple[list[SpanRow], list[str]]:
         notes.append(f"{_MAX_LATENCIES} of {len(ranked)} cells, evenly over their medians.")
     if not found:
         return [], notes
-    low = min(quantiles[0] for _, quantiles, _ in found)
-    high = max(quantiles[-1] for _, quantiles, _ in found)
+    low = min(quantiles[0] for _, quantiles, _, _ in found)
+    high = max(quantiles[-1] for _, quantiles, _, _ in found)
     log = low > 0 and high / low > 8
     notes.append(f"From {low:.1f} to {high:.1f} ms{', on a logarithmic scale' if log else ''}.")
 
@@ -190,11 +199,21 @@ def latency_rows(records: Sequence[Record]) -> tuple[list[SpanRow], list[str]]:
         return round(100 * share, 2)
 
     rows = []
-    for name, quantiles, samples in found:
+    if any(interval for _, _, _, interval in found):
+        notes.append("In brackets: the 95 % interval of the median.")
+    for name, quantiles, samples, interval in found:
         p5, p25, p50, p75, p95 = (at(float(value)) for value in quantiles)
-        texts = (*(f"{quantiles[i]:.1f}" for i in (0, 2, 4)), f"{max(samples) * 1e3:.1f}", str(len(samples)))
+        ends = (f"{quantiles[0]:.1f}", f"{quantiles[2]:.1f}{interval}", f"{quantiles[4]:.1f}")
+        texts = (*ends, f"{max(samples) * 1e3:.1f}", str(len(samples)))
         rows.append(SpanRow(name, p5, round(p95 - p5, 2), p25, round(p75 - p25, 2), p50, texts))
     return rows, notes
+
+
+def _interval_of_median(record: Record) -> str:
+    found = quantile_of(record)
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f" [{found.low * 1e3:.1f}–{found.high * 1e3:.1f}]"
 
 
 def _percent(share: float) -> float:
