@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ TRAINED = ("coco_val_trained", "lvis", "signal_scale", "padding")
 
 def load(name: str) -> Suite:
     return load_suite(ROOT / f"suites/paper/{name}.yaml")
+
+
+def test_the_readme_says_where_every_weights_file_comes_from() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Reproduce the paper") :]
+    told = set()
+    for name in re.findall(r"`([^`\s]+)`", section):
+        head, brace, rest = name.partition("{")
+        parts, _, tail = rest.partition("}")
+        told |= {f"{head}{part}{tail}" for part in parts.split(",")} if brace else {name}
+    assert "weights with Swin and on LVIS are not published" in section
+    unpublished = {"diffinst_coco_swinb.safetensors", "diffinst_coco_swinl.safetensors"}
+    for path in [*PATHS, *sorted((ROOT / "suites").glob("*.yaml"))]:
+        for file in re.findall(r"\bweights/([\w.-]+\.(?:safetensors|pkl|pth))", path.read_text()):
+            assert {file, Path(file).stem} & (told | unpublished), (path.name, file)
 
 
 def test_there_is_a_suite_for_each_table() -> None:
