@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,9 +41,9 @@ _ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _UNKNOWN = "unknown"
 # What a file has to say of its source -> what it may say, where that is not plain.
 _SOURCE_NEEDS = {
-    "name": "",
-    "kind": "",
-    "url": "",
+    "name": "a text for people",
+    "kind": ", ".join(get_args(SourceKind)),
+    "url": "its address",
     "revision": f"a commit or version, or {_UNKNOWN}",
     "date": f"a day as 2022-12-31, or {_UNKNOWN}",
     "place": "a table or section",
@@ -263,11 +263,10 @@ class _File:
         known = len(self.problems)
         values = self._values(Source, item, "source")
         for name, allowed in _SOURCE_NEEDS.items():
-            allowed = f". Allowed: {allowed}" if allowed else ""
             if name not in item.value:
-                self._note(item.place, f"source.{name}", f"is needed{allowed}")
+                self._note(item.place, f"source.{name}", f"is needed. Allowed: {allowed}")
             elif values.get(name) == "":
-                self._note(item.value[name].place, f"source.{name}", f"'' is not allowed{allowed}")
+                self._note(item.value[name].place, f"source.{name}", f"'' is not allowed. Allowed: {allowed}")
         for name in ("revision", "date"):
             if values.get(name) == _UNKNOWN:
                 values[name] = ""

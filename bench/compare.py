@@ -52,6 +52,7 @@ from bench.stats.student import combine, two_sided_quantile
 # 'segm' and 'bbox' -> match table of a record's run, or None where it is not at hand.
 ReadMatches = Callable[[Record], Mapping[str, Matches] | None]
 
+_BENCHMARKS = "benchmark_s/"
 _QUANTILE = re.compile(r"^(.*)/p(\d\d?)$")
 _RESAMPLED = ("AP", "AP50", "AP75")
 # By how much the disturbed shares of two sides may differ for their times to be judged.
@@ -339,9 +340,12 @@ class _Judge:
         """After all cells: the gates of a file that judge none of them. The built-in ones are for any suite."""
         if self.gates.file is None or not self._suites:
             return
+        measured = self._judged | set(self._others)
         for pattern in self.gates.gates:
             if not self._has_runs and kind_of(pattern) != "time":
                 continue  # a race measures nothing but times; its gates file may be that of the runs
+            if pattern.startswith(_BENCHMARKS) != any(name.startswith(_BENCHMARKS) for name in measured):
+                continue  # likewise files of benchmarks, and the gates of both may stand in one file
             if not any(fnmatchcase(metric, pattern) for metric in self._judged):
                 why = f"this gate of {self.gates.file} matches nothing that was measured, in any cell. Correct its name"
                 yield Row(

@@ -32,11 +32,15 @@ def check_programs(suite: Suite, plan: Plan, data_root: Path | None) -> None:
     found: dict[str, SuiteError] = {}
     for planned in plan.cells:
         cell = cells[planned.label]
-        # A missing cell has no nodes, and runs nothing. Data sets are shared between engines.
-        node_id = next((node_id for kind, node_id in planned.nodes.items() if kind != "dataset"), None)
-        if cell.engine.is_external and node_id is not None:
-            for problem in _problems(suite, cell, plan.nodes[node_id].options["engine"], data_root):
-                found.setdefault(str(problem), problem)
+        # A missing cell has no nodes, and runs nothing. Data sets are shared between engines, and other nodes between
+        # cells: each runs the program of the cell that brought it.
+        engines = [
+            plan.nodes[node_id].options["engine"] for kind, node_id in planned.nodes.items() if kind != "dataset"
+        ]
+        if cell.engine.is_external:
+            for resolved in engines:
+                for problem in _problems(suite, cell, resolved, data_root):
+                    found.setdefault(str(problem), problem)
     if found:
         raise SuiteErrors(found.values())
 
@@ -50,23 +54,30 @@ def _problems(
         places["checkout"] = data_root / "checkouts", "checkouts/ of the data root"
     for name in _FIELDS:
         written, used = getattr(cell.engine, name), resolved[name]
-        if written is None or used is None or written in suite.programs:
+        if written is None or used is None:
+            continue
+        # What the user typed means a place below the current folder; the plan looks in other places before.
+        if written in suite.programs and _by_name(written) == _by_name(used):
             continue
         folder, where = places.get(name, (None, "checkouts/ of a data root, see --data-root"))
-        is_own = folder is not None and not Path(written).is_absolute() and _is_below(used, folder)
+        goes_back = ".." in Path(written).parts  # behind a link, that is another place than its name says
+        is_own = folder is not None and not Path(written).is_absolute() and not goes_back and _is_below(used, folder)
         if is_own or any(_is_below(used, Path(allowed)) for allowed in _allowed()):
             continue
         # What an axis has cannot be set by itself, but for the interpreter.
-        by_set = f"--set engine.{name}={written}, or with " if name == "python" or "engine" not in cell.places else ""
+        by_set = f"--set engine.{name}={used}, or with " if name == "python" or "engine" not in cell.places else ""
         place = cell.places.get("engine") or suite.places.get("engine") or Place(suite.path)
         message = f"'{written}' is {_WHAT[name]} that would be run. Allowed in a suite: a path below {where}"
         yield place.error(f"engine.{name}", f"{message}. Allow it with {by_set}{VARIABLE}={used}")
 
 
 def _is_below(path: str, folder: Path) -> bool:
-    """By name, as an interpreter is often a link; a path that goes back up ('..') is below nothing."""
-    absolute = Path(path).absolute()
-    return ".." not in absolute.parts and absolute.is_relative_to(folder.absolute())
+    return _by_name(path).is_relative_to(_by_name(folder))
+
+
+def _by_name(path: str | Path) -> Path:
+    """Absolute, without '..' and without following links, as an interpreter often is one."""
+    return Path(os.path.normpath(Path(path).absolute()))
 
 
 def _allowed() -> list[str]:

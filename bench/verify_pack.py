@@ -129,6 +129,7 @@ class _Verifier:
         self.notes: list[str] = []
         self.names = {entry["name"] for entry in manifest["files"]}
         self.left_out: dict[str, str] = manifest.get("evidence_left_out", {})
+        self.tells_evidence = "evidence_left_out" in manifest  # packs of before left it out in silence, or scrubbed it
         self.evidence: set[tuple[str, str]] = set()  # looked at
 
     def verify(self, *, rescore: bool) -> Verified:
@@ -185,8 +186,10 @@ class _Verifier:
             self.evidence.add((name, sha256))
             if f"evidence/{name}" in self.names:
                 found = hashlib.sha256(path.read_bytes()).hexdigest()
-                if found != sha256:
+                if found != sha256 and self.tells_evidence:
                     self.findings.append(f"evidence/{name}: its SHA-256 is {found}, and {place} names {sha256}")
+            elif not self.tells_evidence:
+                self.notes.append(f"evidence/{name}: not in the archive, which is of before that was told")
             elif name in self.left_out:
                 self.notes.append(f"evidence/{name}: not in the archive: {self.left_out[name]}")
             else:

@@ -45,6 +45,15 @@ ForceOption = Annotated[bool, typer.Option("--force", help="replace what is ther
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training")]
 
 _NOT_FIXED = ("sampler", "data")  # sections that a checkpoint leaves open
+_OF_A_DATASET = (
+    "train_annotations",
+    "train_images",
+    "val_annotations",
+    "val_images",
+    "train_image_ids",
+    "val_image_ids",
+    "annotation_format",
+)
 
 
 @app.command()
@@ -252,9 +261,15 @@ def overlaid_config(config: Config, path: Path) -> Config:
         if key not in _NOT_FIXED:
             allowed = ", ".join(_NOT_FIXED)
             raise ConfigError(f"{path}: {key}: the checkpoint fixes it. Allowed are the sections {allowed}")
-        if not isinstance(values or {}, dict):
-            raise ConfigError(f"{path}: {key}: must be a mapping of its fields")
-        content[key] |= values or {}
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            fields = ", ".join(SECTIONS[key].model_fields)
+            raise ConfigError(f"{path}: {key}: {values!r} is not allowed. Allowed: a mapping with the fields {fields}")
+        if key == "data" and values.get("dataset", content["data"]["dataset"]) != content["data"]["dataset"]:
+            # What says where the checkpoint's own set lies, and which part of it, is not about another one.
+            content["data"] = {name: value for name, value in content["data"].items() if name not in _OF_A_DATASET}
+        content[key] |= values
     return _validated(content, str(path))
 
 

@@ -59,13 +59,24 @@ def _read_pickle(data: bytes) -> Any:
     """
     content = Machine(io.BytesIO(data), _BUDGET * len(data)).run()
     # Weights lie at the top or in a dict there. Nothing else is looked at: it may be nested without end.
-    return {key: _arrays(value) for key, value in content.items()} if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        return content
+    made: dict[int, Any] = {}  # an array that is named many times is made once
+    return {key: _arrays(value, made) for key, value in content.items()}
 
 
-def _arrays(value: Any) -> Any:
+def _arrays(value: Any, made: dict[int, Any]) -> Any:
     if isinstance(value, dict):
-        return {key: entry.numpy() if isinstance(entry, Array) else entry for key, entry in value.items()}
-    return value.numpy() if isinstance(value, Array) else value
+        return {name: _array(entry, made) for name, entry in value.items()}
+    return _array(value, made)
+
+
+def _array(value: Any, made: dict[int, Any]) -> Any:
+    if not isinstance(value, Array):
+        return value
+    if id(value) not in made:
+        made[id(value)] = value.numpy()
+    return made[id(value)]
 
 
 def load_into(model: Any, path: Path, *, complete: bool, ignored: frozenset[str] = frozenset()) -> None:

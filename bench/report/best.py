@@ -17,7 +17,7 @@ from bench.comparability import IMAGES_AND_LABELS
 from bench.report.cells import Record, is_score, runs_of, value_of
 from bench.stats.bootstrap import holm
 from bench.stats.latency import p_of
-from bench.stats.paired import image_sets, paired_difference, seed_parts
+from bench.stats.paired import image_sets, paired_difference, place_of_images, seed_parts
 from bench.stats.student import combine
 
 Cells = Mapping[tuple[Any, ...], Sequence[Record]]
@@ -35,7 +35,7 @@ def find_best(cells: Cells, metrics: Sequence[str]) -> Best:
     """The best cells of each metric, images and rules of scoring; records that were not drawn together give none."""
     tests: list[tuple[tuple[str, tuple[Any, ...]], float]] = []
     scores = [metric for metric in metrics if is_score(metric)]
-    sets = {key: _comparable_set(records) for key, records in cells.items()} if scores else {}
+    sets = _comparable_sets(cells) if scores else {}
     for metric in scores:
         groups: dict[tuple[Any, ...], list[tuple[float, tuple[Any, ...]]]] = {}
         for key, records in cells.items():
@@ -52,11 +52,15 @@ def find_best(cells: Cells, metrics: Sequence[str]) -> Best:
     return Best(frozenset(cell for (cell, _), is_best in zip(tests, rejected) if is_best), len(tests))
 
 
-def _comparable_set(records: Sequence[Record]) -> tuple[Any, ...]:
-    """Equal for cells whose values can be compared."""
-    data = records[0].get("config", {}).get("data", {})
-    # AP under other rules is another number, also on images of the same ids.
-    return (*(str(data.get(name)) for name in IMAGES_AND_LABELS), *image_sets(records))
+def _comparable_sets(cells: Cells) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """By key, what is equal for cells whose values can be compared."""
+    sets = image_sets([record for records in cells.values() for record in records])
+    found = {}
+    for key, records in cells.items():
+        data = records[0].get("config", {}).get("data", {})
+        # AP under other rules is another number, also on images of the same ids.
+        found[key] = (*(str(data.get(name)) for name in IMAGES_AND_LABELS), place_of_images(records, sets))
+    return found
 
 
 def _p_value(base: Sequence[Record], head: Sequence[Record], metric: str) -> float | None:

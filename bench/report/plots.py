@@ -33,7 +33,7 @@ from bench.report.cells import (
 from bench.report.conditions import conditions
 from bench.report.metrics import Style, axis_label, axis_text, style_of
 from bench.report.tables import absences
-from bench.stats.paired import image_sets
+from bench.stats.paired import image_sets, place_of_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,7 +184,7 @@ def build_plot(
             for step in steps:
                 cell = cells.get((step,) if along else (), [])
                 point = _point(cell, x, y, x_style, y_style, x_is_metric, positions, step)
-                points.append(replace(point, image_set=_set_of(cell, sets)))
+                points.append(replace(point, image_set=place_of_images(cell, sets)))
             panel_lines.append(Line(axis_text(line_value) if lines else "", tuple(points)))
         label = ", ".join(f"{axis_label(name)} {axis_text(value)}" for name, value in zip(rest, key))
         drawn.append(Panel(label, tuple(panel_lines)))
@@ -250,19 +250,6 @@ def _point(
         return Point(positions[step], value, step)
     at = _scaled(value_of(cell, x), x_style)
     return Point(at.mean, value, step, at.low, at.high)
-
-
-def _set_of(cell: Sequence[Record], sets: Sequence[tuple[int | None, str]]) -> int:
-    """Place in `sets` of the images that a cell is scored on; the first where it does not say.
-
-    A cell whose digest is missing, or does not tell the labels, is of the first set that it can be of.
-    """
-    for count, digest in image_sets(cell):
-        for place, (other, its_digest) in enumerate(sets):
-            same = digest in ("", its_digest) or its_digest.startswith(f"{digest}:")
-            if count == other and same:
-                return place
-    return 0
 
 
 def _scaled(value: Value, style: Style) -> Value:
@@ -433,7 +420,7 @@ def _legend(figure: Figure, plot: Plot, colours: Sequence[str], left: float, top
             marker = _MARKERS[i % len(_MARKERS)]
             look: dict[str, Any] = {"marker": marker, "markersize": _MARKER_SIZES[marker], "markeredgecolor": "white"}
             handles.append(Line2D([], [], color=colours[i], linewidth=1.8, label=line.label, **look))
-    fronts = [front for panel in plot.panels for front in _fronts(panel)]
+    fronts = [front for panel in plot.panels for front in fronts_of(panel)]
     if plot.x_is_metric and not plot.falling_y and any(len(front) > 1 for front in fronts):
         handles.append(Patch(facecolor=_SHADE, edgecolor=_GREY, linewidth=0.8, label="Pareto front"))
     handles += [_state_handle(state) for state in _absent_states(plot)]
@@ -496,7 +483,7 @@ def _shade_front(axes: Axes, panel: Panel) -> None:
 
     Of several sets of images none beats another's, so that only the fronts are drawn.
     """
-    fronts = _fronts(panel)
+    fronts = fronts_of(panel)
     right, floor = axes.get_xlim()[1], axes.get_ylim()[0]
     for front in fronts:
         if len(front) < 2:
@@ -512,7 +499,7 @@ def _is_shown(point: Point) -> bool:
     return point.x is not None and point.y.mean is not None
 
 
-def _fronts(panel: Panel) -> list[list[tuple[float, float]]]:
+def fronts_of(panel: Panel) -> list[list[tuple[float, float]]]:
     """The Pareto front of each set of images that is shown."""
     points: dict[int, list[tuple[float, float]]] = {}
     for line in panel.lines:

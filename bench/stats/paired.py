@@ -36,6 +36,19 @@ def image_sets(records: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, s
     return [(count, digest) for count, digest in known if digest or count not in with_digest]
 
 
+def place_of_images(records: Sequence[Mapping[str, Any]], sets: Sequence[tuple[int | None, str]]) -> int:
+    """Place in `sets`, see `image_sets`, of the images that records are scored on; the first where they do not say.
+
+    Where the digest is missing, or does not tell the labels, it is the first set that it can be.
+    """
+    for count, digest in image_sets(records):
+        for place, (other, its_digest) in enumerate(sets):
+            same = digest in ("", its_digest) or its_digest.startswith(f"{digest}:")
+            if count == other and same:
+                return place
+    return 0
+
+
 def why_not_together(records: Sequence[Mapping[str, Any]]) -> str | None:
     """Why AP of these records can neither be averaged nor compared: they are of different images. None if it can."""
     sets = image_sets(records)
@@ -55,7 +68,8 @@ def mean_resamples(runs: Sequence[Mapping[str, Any]], metric: str) -> tuple[tupl
     entries = [run.get("resamples", {}).get(metric) for run in runs]
     if not entries or any(entry is None for entry in entries):
         return None
-    drawn = {(entry["images"], entry["seed"], entry["count"]) for entry in entries if entry is not None}
+    images = _as_far_as_all_tell([entry["images"] for entry in entries if entry is not None])
+    drawn = {(of, entry["seed"], entry["count"]) for of, entry in zip(images, entries) if entry is not None}
     if len(drawn) != 1 or any(entry["num_images"] < 2 for entry in entries if entry is not None):
         return None
     values = [unpack_resamples(entry["values"]) for entry in entries if entry is not None]
@@ -70,7 +84,10 @@ def paired_difference(
     Every run has a value for the metric.
     """
     sides = [mean_resamples(runs, metric) for runs in (base, head)]
-    if sides[0] is None or sides[1] is None or sides[0][0] != sides[1][0]:
+    if sides[0] is None or sides[1] is None:
+        return None
+    images = _as_far_as_all_tell([side[0][0] for side in sides if side is not None])
+    if images[0] != images[1] or sides[0][0][1:] != sides[1][0][1:]:
         return None
     difference = sides[1][1] - sides[0][1]
     difference = difference[~np.isnan(difference)]
@@ -78,6 +95,12 @@ def paired_difference(
     error = float(np.std(difference, ddof=1)) if len(difference) > 1 else None
     num_images = base[0]["resamples"][metric]["num_images"]
     return Interval(means[1] - means[0], error, "images", num_images)
+
+
+def _as_far_as_all_tell(images: Sequence[str]) -> list[str]:
+    """Digests 'ids:labels' without their labels where one of them is of before labels were told."""
+    is_told = all(":" in digest for digest in images)
+    return [digest if is_told else digest.partition(":")[0] for digest in images]
 
 
 def seed_parts(numbers: Mapping[SeedKey, float]) -> list[tuple[float, float, str]]:

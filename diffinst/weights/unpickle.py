@@ -177,6 +177,8 @@ class Machine:
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
         elif name in {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}:
+            if name == "PUT" and argument >= 2**32:  # no pickler counts so far; equal hashes make a dict slow
+                raise RefusedPickle(f"a memo number of {argument.bit_length()} bits; at most 32 are allowed")
             self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
         elif name in {"GET", "BINGET", "LONG_BINGET"}:
             stack.append(self._memo[argument])

@@ -447,6 +447,15 @@ def test_a_race_may_have_the_gates_file_of_the_runs(tmp_path: Path) -> None:
     assert [row.metric for row in rows if row.outcome is Outcome.MISSING] == ["latency_s/mask"]
 
 
+def test_gates_of_benchmarks_and_of_runs_may_stand_in_one_file(tmp_path: Path) -> None:
+    records = [timed_record(1)]
+    gates = gates_file(tmp_path, "segm/AP", "latency_s/total", "benchmark_s/*")
+    assert compare(records, records, gates).exit_code is ExitCode.FINE
+    # What a suite measures is not excused so.
+    without = [timed_record(1, ap=None)]
+    assert compare(without, without, gates).exit_code is ExitCode.MISSING_OR_EXTRA
+
+
 def test_what_is_required_must_be_there() -> None:
     unmeasured = with_value("segm/AP", None, reason="no masks")
     gates = Gates({"*": Gate(relative=0.01, absolute=0.0)}, require=("segm/AP", "latency_s/*"))

@@ -63,7 +63,7 @@ def test_another_interpreter_is_refused_in_a_line(folder: Path, python: str) -> 
     used[".tox/d3/bin/python"] = f"{folder}/data/.tox/d3/bin/python"
     assert line == (
         f"s.yaml:2:9: engine.python: '{python}' is a program that would be run. Allowed in a suite: a path below .tox/ "
-        f"of the current folder. Allow it with --set engine.python={python}, or with "
+        f"of the current folder. Allow it with --set engine.python={used.get(python, python)}, or with "
         f"DIFFBENCH_ALLOW_PROGRAMS={used.get(python, python)}"
     )
 
@@ -76,7 +76,7 @@ def test_a_checkout_elsewhere_is_refused(folder: Path) -> None:
     (line,) = refused("engine: " + ORIGINAL % "other/D")
     assert line == (
         "s.yaml:2:9: engine.checkout: 'other/D' is code that would be run. Allowed in a suite: a path below checkouts/ "
-        "of the data root. Allow it with --set engine.checkout=other/D, or with "
+        f"of the data root. Allow it with --set engine.checkout={folder}/data/other/D, or with "
         f"DIFFBENCH_ALLOW_PROGRAMS={folder}/data/other/D"
     )
     (line,) = refused(f"axes: {{product: {{engine: [torchvision, {ORIGINAL % 'other/D'}]}}}}")
@@ -89,10 +89,38 @@ def test_what_set_names_may_be_run(folder: Path) -> None:
     assert refused(detectron2(".tox/d2/bin/python"), f"engine.python={sys.executable}") == []
     assert refused("axes: {product: {engine: [{name: detectron2, python: a}]}}", "engine.python=bin/python") == []
     assert refused("name: s", "engine={name: detectron2, python: /p}") == []
-    assert refused("engine: " + ORIGINAL % "checkouts/D", "engine.checkout=other/D") == []
+    assert refused("engine: " + ORIGINAL % "checkouts/D", f"engine.checkout={folder}/data/other/D") == []
     axis = "axes: {product: {engine: [torchvision]}}"
     assert refused(axis, "engine={name: detectron2, python: /p}") == []
     assert len(refused(detectron2("bin/python"), "engine.recipe=a.yaml")) == 1
+
+
+def test_what_set_names_is_what_the_user_sees_from_here(folder: Path) -> None:
+    """A path of --set is looked for below the data root and beside the suite too."""
+    Path("data/bin").mkdir()
+    Path("data/bin/python").touch()
+    (line,) = refused(detectron2("bin/python"), "engine.python=bin/python")
+    assert line.endswith(
+        f"--set engine.python={folder}/data/bin/python, or with DIFFBENCH_ALLOW_PROGRAMS={folder}/data/bin/python"
+    )
+    assert refused(detectron2("bin/python"), f"engine.python={folder}/bin/python") == []
+
+
+def test_every_cell_is_looked_at(folder: Path) -> None:
+    """Cells that share a training bring programs of their own to the nodes that they do not share."""
+    engines = "[{name: detectron2, python: .tox/d2/bin/python}, {name: detectron2, python: bin/python}]"
+    (line,) = refused(f"axes: {{zip: {{engine: {engines}, score_threshold: [0.0, 0.1]}}}}")
+    assert "'bin/python' is a program that would be run" in line
+
+
+def test_a_data_root_may_be_named_by_a_way_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    Path("s.yaml").write_text("data: {dataset: coco}\nengine: " + ORIGINAL % "checkouts/D" + "\n")
+    suite = load_suite(Path("s.yaml"))
+    check_programs(suite, build_plan(suite, data_root=Path("../data")), Path("../data"))
+    with pytest.raises(SuiteErrors, match=r"engine\.checkout"):
+        check_programs(suite, build_plan(suite, data_root=Path("../data")), None)
 
 
 def test_what_the_variable_names_may_be_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

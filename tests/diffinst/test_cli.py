@@ -231,6 +231,18 @@ def test_a_file_of_an_evaluation_lies_over_the_checkpoints_configuration(tmp_pat
     assert overlaid_config(trained, path) == trained
 
 
+def test_where_a_checkpoints_own_set_lies_is_not_about_another(tmp_path: Path) -> None:
+    places = dict.fromkeys(("train_annotations", "train_images", "val_annotations", "val_images"), "x")
+    trained = Config.model_validate({"data": {"dataset": "custom", **places, "shortest_edge_test": 64}})
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {dataset: coco}\n")
+    data = overlaid_config(trained, path).data
+    assert (data.dataset, data.val_annotations, data.shortest_edge_test) == ("coco", None, 64)
+    path.write_text("data: {dataset: custom, val_images: y}\n")
+    data = overlaid_config(trained, path).data
+    assert (data.val_annotations, data.val_images) == ("x", "y")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -238,7 +250,8 @@ def test_a_file_of_an_evaluation_lies_over_the_checkpoints_configuration(tmp_pat
         ("model:", "config.yaml: model: the checkpoint fixes it"),
         ("samplers: {}", r"config.yaml: samplers: unknown key. Did you mean 'sampler'\?"),
         ("sampler: {eta: 2}", "config.yaml: sampler.eta: .*less than or equal to 1"),
-        ("sampler: 3", "config.yaml: sampler: must be a mapping of its fields"),
+        ("sampler: 3", "config.yaml: sampler: 3 is not allowed. Allowed: a mapping with the fields sampling_steps, "),
+        ("sampler: 0", "config.yaml: sampler: 0 is not allowed"),
         ("sampler: {use_ema: true}", "config.yaml: use_ema needs the average that ema_decay keeps"),
     ],
 )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
-from bench.report.cells import STATE_TEXT, STATES, Record, State, bare, metric_names, value_of, varying_axes
+from bench.report.cells import STATE_TEXT, STATES, Record, State, Value, bare, metric_names, value_of, varying_axes
 from bench.report.conditions import conditions
 from bench.report.html.charts import Absence, Chart, Mark, Series, draw, series_colours, swatch, thinned
 from bench.report.html.views import main_metric
 from bench.report.metrics import axis_label, axis_text
-from bench.report.plots import Line, Panel, Plot, Point, build_plot, pareto_front
+from bench.report.plots import Line, Panel, Plot, Point, build_plot, fronts_of
 
 _SYMBOLS: dict[State, str] = {"failed": "✗", "skipped": "○", "missing": "?", "unmeasured": "–"}
 _MAX_WITH_BARS = 60  # points of a chart; more bars would hide them
@@ -78,8 +78,12 @@ def chart_view(records: Sequence[Record], spec: Mapping[str, Any]) -> ChartView:
     panels: list[tuple[str, Markup]] = []
     first: tuple[Series, ...] = ()
     for panel in plot.panels:
-        series = tuple(_series(plot, line, colours[i], i, with_bars=not crowded) for i, line in enumerate(panel.lines))
-        first = first or series
+        by_line = [
+            [_series(plot, part, colours[i], i, with_bars=not crowded) for part in _sets_of(line)]
+            for i, line in enumerate(panel.lines)
+        ]
+        first = first or tuple(parts[0] for parts in by_line)
+        series = tuple(part for parts in by_line for part in parts)
         panels.append((panel.title, draw(_chart(plot, panel, series))))
     # The conditions stand once on the page.
     notes = [line for line in plot.caption.splitlines() if line != " · ".join(conditions(records, [x, y]))]
@@ -110,12 +114,22 @@ def _chart(plot: Plot, panel: Panel, series: tuple[Series, ...]) -> Chart:
 
 
 def _front(panel: Panel) -> list[tuple[float, float]]:
-    return pareto_front(
-        (point.x, point.y.mean)
-        for line in panel.lines
-        for point in line.points
-        if point.x is not None and point.y.mean is not None
-    )
+    """The panel's Pareto front; none where its cells are of several sets of images."""
+    fronts = fronts_of(panel)
+    return fronts[0] if len(fronts) == 1 else []
+
+
+def _sets_of(line: Line) -> list[Line]:
+    """A line for each set of images: values of different ones are not joined."""
+    sets = sorted({point.image_set for point in line.points if point.y.mean is not None})
+    if len(sets) < 2:
+        return [line]
+    gap = Point(None, Value("absent"))
+
+    def only(of: int) -> tuple[Point, ...]:
+        return tuple(point if point.image_set == of or point.y.mean is None else gap for point in line.points)
+
+    return [replace(line, points=only(of)) for of in sets]
 
 
 def _series(plot: Plot, line: Line, colour: str, shape: int, *, with_bars: bool) -> Series:

@@ -46,6 +46,16 @@ def test_weights_at_the_top_of_a_pickle(tmp_path: Path) -> None:
     assert found["n"] == 3
 
 
+def test_an_array_of_many_names_is_made_once(tmp_path: Path) -> None:
+    """Otherwise a small file could fill the memory: a pickle names the same array again for a few bytes."""
+    array = np.zeros(2_000_000, dtype=np.float32)
+    path = tmp_path / "w.pkl"
+    path.write_bytes(pickle.dumps({"model": {f"w{i}": array for i in range(50_000)}, "again": array}))
+    found = read_weights(path)
+    assert len(found["model"]) == 50_000
+    assert len({id(entry) for entry in found["model"].values()} | {id(found["again"])}) == 1
+
+
 class Calling:
     def __init__(self, function: object, *arguments: object) -> None:
         self.parts = function, arguments

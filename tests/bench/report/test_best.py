@@ -55,6 +55,16 @@ def test_other_images_and_other_rules_are_groups_of_their_own() -> None:
     assert find_best(agnostic, ["segm/AP"]).num_tests == 0
 
 
+def test_records_of_before_labels_were_told_are_of_the_set_of_the_others() -> None:
+    """A table that was partly measured anew has one best value, not one of each age."""
+    cells = cells_of(0.30, 0.31, 0.25, 0.20)
+    for place in (0, 1):
+        cells[(place,)][0]["resamples"]["segm/AP"]["images"] = "a:1"
+    found = find_best(cells, ["segm/AP"])
+    assert found.cells == {("segm/AP", (1,))}
+    assert found.num_tests == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("shapes_seed", 7), ("shapes_image_size", 192), ("val_annotations", "b.json")]
 )

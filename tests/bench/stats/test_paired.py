@@ -61,8 +61,11 @@ def test_other_labels_are_another_set_and_older_records_do_not_tell_theirs() -> 
     assert why_not_together([new, relabelled]) == "scored on the same 100 images, which are not labelled the same"
     assert paired_difference([new], [new], "segm/AP") is not None
     assert paired_difference([old], [old], "segm/AP") is not None
-    for other in (old, relabelled):
-        assert paired_difference([new], [other], "segm/AP") is None
+    assert paired_difference([new], [relabelled], "segm/AP") is None
+    # What is called comparable is compared image by image, too.
+    assert paired_difference([new], [old], "segm/AP") is not None
+    assert paired_difference([old], [new, new], "segm/AP") is not None
+    assert paired_difference([new], [scored(0.5, [0.4, 0.6], images="b")], "segm/AP") is None
 
 
 def test_one_image_tells_nothing() -> None:

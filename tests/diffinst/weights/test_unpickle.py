@@ -303,3 +303,11 @@ class TestTensors:
     def test_beyond_the_storage_is_refused(self, offset: Any, size: Any, stride: Any) -> None:
         with pytest.raises(RefusedPickle, match="reaches beyond|no valid storage|as many strides"):
             self.view(offset, size, stride)
+
+
+def test_memo_numbers_cannot_be_made_to_collide() -> None:
+    """Integers that differ by 2**61 - 1 have one hash, and a dict of them takes quadratic time."""
+    steps = b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(1, 20_000))
+    with pytest.raises(RefusedPickle, match="a memo number of 61 bits; at most 32 are allowed"):
+        read(b"}" + steps + b".")
+    assert read(b"}p4294967295\n.") == {}
