@@ -34,13 +34,10 @@ def check_programs(suite: Suite, plan: Plan, data_root: Path | None) -> None:
         cell = cells[planned.label]
         # A missing cell has no nodes, and runs nothing. Data sets are shared between engines, and other nodes between
         # cells: each runs the program of the cell that brought it.
-        engines = [
-            plan.nodes[node_id].options["engine"] for kind, node_id in planned.nodes.items() if kind != "dataset"
-        ]
-        if cell.engine.is_external:
-            for resolved in engines:
-                for problem in _problems(suite, cell, resolved, data_root):
-                    found.setdefault(str(problem), problem)
+        node_ids = [node_id for kind, node_id in planned.nodes.items() if kind != "dataset"]
+        for node_id in node_ids if cell.engine.is_external else []:
+            for problem in _problems(suite, cell, plan.nodes[node_id].options["engine"], data_root):
+                found.setdefault(str(problem), problem)
     if found:
         raise SuiteErrors(found.values())
 

@@ -51,6 +51,7 @@ def test_what_lies_in_its_place_may_be_run(folder: Path) -> None:
     assert refused("engine: " + ORIGINAL % "checkouts/D") == []
     assert refused("engine: " + ORIGINAL % "checkouts/not-here-and-so-missing") == []
     assert refused("engine: torchvision") == []
+    assert refused("seeds: [0, 1]") == []
 
 
 @pytest.mark.parametrize(
