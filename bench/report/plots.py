@@ -99,9 +99,15 @@ class Point:
     image_set: int = 0
 
     @property
-    def bar(self) -> float:
-        """Half the vertical bar: of the 95 % interval where there is one, else the deviation over seeds; 0 for none."""
-        return self.y.half or self.y.spread or 0.0
+    def bar(self) -> tuple[float, float] | None:
+        """Ends of the vertical bar: the 95 % interval where there is one, else the deviation over seeds.
+
+        It ends at 0, which no metric falls below.
+        """
+        half = self.y.half or self.y.spread
+        if self.y.mean is None or not half:
+            return None
+        return max(self.y.mean - half, min(self.y.mean, 0.0)), self.y.mean + half
 
 
 @dataclass(frozen=True)
@@ -532,8 +538,8 @@ def _scale_axes(axes: Axes, plot: Plot) -> None:
         else:
             axes.set_xlim(0, max(ends) * 1.06)
     if ys:
-        low = min(y - point.bar for y, point in zip(ys, shown))
-        high = max(y + point.bar for y, point in zip(ys, shown))
+        bars = [point.bar or (y, y) for y, point in zip(ys, shown)]
+        low, high = min(bar[0] for bar in bars), max(bar[1] for bar in bars)
         # Differences below a twentieth, or below one point of AP, are not blown up to the whole height.
         room = max(high - low, abs(high) * 0.05, 1.0 if plot.y_style.scale == 100 else 0.0) or 1.0
         band = _band_height(plot.panels) if not plot.x_is_metric else 0.0
@@ -596,9 +602,10 @@ def _draw_line(axes: Axes, plot: Plot, line: Line, colour: str, marker: str, asi
             continue
         if plot.x_is_metric and point.low is not None and point.high is not None:
             axes.plot([point.low, point.high], [point.y.mean] * 2, color=colour, alpha=0.35, linewidth=2.4, zorder=2)
-        if point.bar:
+        if point.bar is not None:
             look: dict[str, Any] = {"color": colour, "alpha": 0.55, "capsize": 2.5, "lw": 1.2, "zorder": 2}
-            axes.errorbar([point.x], [point.y.mean], [point.bar], fmt="none", transform=moved, **look)
+            away = [[point.y.mean - point.bar[0]], [point.bar[1] - point.y.mean]]
+            axes.errorbar([point.x], [point.y.mean], away, fmt="none", transform=moved, **look)
 
 
 def _annotate_steps(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]) -> None:

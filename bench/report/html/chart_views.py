@@ -143,9 +143,7 @@ def _series(plot: Plot, line: Line, colour: str, shape: int, *, with_bars: bool)
                 text = f"{name}{plot.x_label} {axis_text(point.step)}: {STATE_TEXT[point.y.state]}"
                 absences.append(Absence(point.x, _SYMBOLS[point.y.state], f"{text}: {point.y.reason}".rstrip(": ")))
             continue
-        low = high = None
-        if point.bar:
-            low, high = point.y.mean - point.bar, point.y.mean + point.bar
+        low, high = point.bar or (None, None)
         marks.append(
             Mark(
                 point.x,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_records import make_grid, make_record
 
-from bench.report.plots import _draw, _fronts, build_plot, pareto_front, render
+from bench.report.plots import _draw, build_plot, fronts_of, pareto_front, render
 
 
 def test_against_an_axis_there_is_a_line_per_value_and_a_point_per_step() -> None:
@@ -56,17 +56,25 @@ def test_intervals_of_the_records_are_the_vertical_bars() -> None:
             record["metrics"]["segm/AP"]["standard_error"] = 0.02
     plot = build_plot(records, x="sampling_steps", y="segm/AP", lines="num_proposals")
     point = plot.panels[0].lines[0].points[0]
-    assert point.bar == pytest.approx(100 * 0.02 * 1.96, rel=1e-4)
+    assert point.y.mean is not None
+    assert point.bar == pytest.approx((point.y.mean - 3.92, point.y.mean + 3.92), abs=1e-3)  # 100 * 0.02 * 1.96
     assert "Vertical bars: 95 % interval over images, of each value alone" in plot.caption
     assert "standard deviation" not in plot.caption
     bare = build_plot(make_grid(), x="sampling_steps", y="segm/AP", lines="num_proposals")
-    assert bare.panels[0].lines[0].points[0].bar == 0
+    assert bare.panels[0].lines[0].points[0].bar is None
     assert "Vertical bars" not in bare.caption
     # The axes have room for the bars.
-    shown = [point for line in plot.panels[0].lines for point in line.points if point.y.mean is not None]
+    bars = [point.bar for line in plot.panels[0].lines for point in line.points if point.bar is not None]
     low, high = _draw(plot).axes[0].get_ylim()
-    assert low < min(point.y.mean - point.bar for point in shown)
-    assert high > max(point.y.mean + point.bar for point in shown)
+    assert low < min(end for end, _ in bars)
+    assert high > max(end for _, end in bars)
+
+
+def test_no_bar_goes_below_zero() -> None:
+    record = make_record(ap=0.001)
+    record["metrics"]["segm/AP"]["standard_error"] = 0.002
+    ((point,),) = (line.points for line in build_plot([record], x="sampling_steps", y="segm/AP").panels[0].lines)
+    assert point.bar == pytest.approx((0.0, 0.1 + 0.392), abs=1e-3)
 
 
 def two_sets() -> list:
@@ -96,7 +104,7 @@ def test_no_line_joins_cells_of_different_images() -> None:
 
 def test_a_front_is_of_one_set_of_images() -> None:
     plot = build_plot(two_sets(), x="latency_s/total", y="segm/AP")
-    fronts = _fronts(plot.panels[0])
+    fronts = fronts_of(plot.panels[0])
     assert [[round(y) for _, y in front] for front in fronts] == [[30, 31], [50, 51]]
     assert "lines and Pareto fronts join cells of one set alone" in plot.caption
     render(plot)
