@@ -489,7 +489,8 @@ def _warnings(records: Sequence[Record], metrics: Sequence[str]) -> list[str]:
     known = [int(count) for count in rare if count is not None]
     has_rare = any(name.endswith("/APr") for name in scores)
     if lvis and (has_rare or (known and min(known) < _FEW_RARE_INSTANCES)):
-        how_many = f" on {min(known)} instances of rare classes" if known else " on few instances"
+        several = "" if known and min(known) == 1 else "s"
+        how_many = f" on {min(known)} instance{several} of rare classes" if known else " on few instances"
         found.append(
             f"Caution, LVIS: rare classes have at most 10 training images each, and APr rests{how_many}: "
             "it moves by chance alone, and AP with it."
