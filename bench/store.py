@@ -131,8 +131,8 @@ def write_atomic(path: Path, text: str | bytes, *, replace: bool = True) -> None
 
 
 def _remove_temporary(folder: Path, pattern: str = "") -> None:
-    """Remove what a kill in the middle of `write_atomic` left behind."""
-    for path in folder.glob(f"{pattern}.*.tmp"):
+    """Remove what a kill in the middle of `write_atomic`, or of safetensors' own writer (.tmpAb12Cd), left behind."""
+    for path in [*folder.glob(f"{pattern}.*.tmp"), *folder.glob(".tmp??????")]:
         path.unlink(missing_ok=True)
 
 
