@@ -20,7 +20,7 @@ from bench.report.cells import (
 )
 from bench.report.plots import build_plot, render
 from bench.report.tables import Table, grid_table, long_table, to_csv, to_latex, to_markdown
-from bench.store import Store
+from bench.store import Store, write_problem
 from diffinst.config import SECTIONS, identity
 
 TABLE_WRITERS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
@@ -182,7 +182,9 @@ def _write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
                 temporary.replace(path)
             paths.append(path)
     except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror}). Choose another folder with --out") from error
+        error.filename = error.filename or str(folder)  # a write that fails does not say where
+        told = write_problem(error) or f"{folder}: cannot be written: {error.strerror}. Choose another folder"
+        raise StoreError(told) from error
     return paths
 
 
