@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 from bench.comparability import IMAGES_AND_LABELS
-from bench.report.cells import Record, is_score, runs_of, value_of
+from bench.report.cells import Record, Value, is_score, runs_of, value_of
 from bench.stats.bootstrap import holm
 from bench.stats.latency import p_of
 from bench.stats.paired import image_sets, paired_difference, place_of_images, seed_parts
@@ -31,15 +31,21 @@ class Best:
     num_tests: int = 0
 
 
-def find_best(cells: Cells, metrics: Sequence[str]) -> Best:
-    """The best cells of each metric, images and rules of scoring; records that were not drawn together give none."""
+def find_best(
+    cells: Cells, metrics: Sequence[str], values: Mapping[tuple[str, tuple[Any, ...]], Value] | None = None
+) -> Best:
+    """The best cells of each metric, images and rules of scoring; records that were not drawn together give none.
+
+    Args:
+        values: what `value_of` says of each metric and cell, where the caller knows it already.
+    """
     tests: list[tuple[tuple[str, tuple[Any, ...]], float]] = []
     scores = [metric for metric in metrics if is_score(metric)]
     sets = _comparable_sets(cells) if scores else {}
     for metric in scores:
         groups: dict[tuple[Any, ...], list[tuple[float, tuple[Any, ...]]]] = {}
         for key, records in cells.items():
-            mean = value_of(records, metric).mean
+            mean = (value_of(records, metric) if values is None else values[metric, key]).mean
             if mean is not None:
                 groups.setdefault(sets[key], []).append((mean, key))
         for group in groups.values():

@@ -12,6 +12,7 @@ from bench.errors import RecordError, StoreError
 from bench.plan import Cell
 from bench.report.cells import (
     Record,
+    Records,
     bare,
     latest,
     metric_names,
@@ -33,7 +34,7 @@ REPORTS = Path("reports")  # of several suites and machines, in a results folder
 class Selection:
     """The records of one machine in table order, and what was left out of them, in words."""
 
-    records: tuple[Record, ...]
+    records: Records
     notes: tuple[str, ...] = ()
 
 
@@ -67,7 +68,7 @@ def select(records: Sequence[Record], cells: Sequence[Cell] | None) -> Selection
     if cells is None:
         kept, dropped = latest(sort_records(records))
         return Selection(
-            tuple(kept), (f"{_count(dropped, 'older record')} of the same cells left out",) if dropped else ()
+            Records(kept), (f"{_count(dropped, 'older record')} of the same cells left out",) if dropped else ()
         )
     by_id = {record["run_id"]: record for record in records}
     suite = records[0]["suite"] if records else ""
@@ -80,7 +81,7 @@ def select(records: Sequence[Record], cells: Sequence[Cell] | None) -> Selection
         notes.append(
             f"{_count(len(stale), 'record')} of other code than today's: `diffbench explain {example}` says more"
         )
-    return Selection(tuple(chosen), tuple(notes))
+    return Selection(Records(chosen), tuple(notes))
 
 
 def is_stale(record: Record, cell: Cell) -> bool:
@@ -223,7 +224,7 @@ def _axes_of_reports(records: Sequence[Record]) -> list[str]:
 
 
 def _main_metric(records: Sequence[Record]) -> str | None:
-    known = metric_names(record for record in records if record.get("status") == "ok") or metric_names(records)
+    known = metric_names([record for record in records if record.get("status") == "ok"]) or metric_names(records)
     measured = {
         name
         for record in records

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from functools import cached_property, lru_cache, wraps
+from typing import Any, Literal, TypeVar
 
 from bench.report.metrics import axis_text
 from bench.stats.paired import SeedKey, seed_parts, why_not_together
 from bench.stats.student import combine, two_sided_quantile
 
 Record = Mapping[str, Any]
+_Answer = TypeVar("_Answer")
 State = Literal["ok", "failed", "skipped", "missing", "unmeasured", "incomparable", "absent"]
 
 # States that have to be told; 'absent' is a combination of axis values that the suite does not ask for.
@@ -57,6 +58,33 @@ class Value:
     over: tuple[str, ...] = ()
 
 
+class Records(tuple[Record, ...]):
+    """The records of one report; what is asked of all of them for each of its tables is worked out once.
+
+    A record is never changed, so an answer stays right.
+    """
+
+    @cached_property
+    def answers(self) -> dict[Callable[..., Any], Any]:
+        """Function -> what it said of these records."""
+        return {}
+
+
+def once(function: Callable[[Sequence[Record]], _Answer]) -> Callable[[Sequence[Record]], _Answer]:
+    """A function of records that remembers what it said of `Records`; its answer is not to be changed."""
+
+    @wraps(function)
+    def ask(records: Sequence[Record]) -> _Answer:
+        if not isinstance(records, Records):
+            return function(records)
+        if function not in records.answers:
+            records.answers[function] = function(records)
+        answer: _Answer = records.answers[function]
+        return answer
+
+    return ask
+
+
 @lru_cache(maxsize=1024)
 def bare(name: str) -> str:
     """'sampler.num_proposals' -> 'num_proposals'; field names are unique over the sections."""
@@ -82,12 +110,13 @@ def axis_value(record: Record, name: str) -> Any:
     return None
 
 
-def metric_names(records: Iterable[Record]) -> list[str]:
+@once
+def metric_names(records: Sequence[Record]) -> list[str]:
     """Every metric name in the records, in order of first appearance, measured or not."""
     return list(dict.fromkeys(name for record in records for name in record.get("metrics", {})))
 
 
-def is_metric(records: Iterable[Record], name: str) -> bool:
+def is_metric(records: Sequence[Record], name: str) -> bool:
     """Does a suite mean a metric by `name`? Metrics have a slash or stand in the records."""
     return "/" in name or name in metric_names(records)
 
@@ -100,6 +129,7 @@ def ordered(values: Iterable[Any]) -> list[Any]:
     return distinct
 
 
+@once
 def varying_axes(records: Sequence[Record]) -> list[str]:
     """Axes with more than one value over the records, repeats (seeds) left out, in the order of the records' axes."""
     names = dict.fromkeys(name for record in records for name in axes_of(record) if name not in REPEAT_AXES)

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bench.engines import DEFAULT_RECIPES
-from bench.report.cells import REPEAT_AXES, Record, axis_value, varying_axes
+from bench.report.cells import REPEAT_AXES, Record, axis_value, once, varying_axes
 from bench.report.latency import describe_samples
 from bench.report.metrics import axis_label, axis_text
 
@@ -22,21 +22,32 @@ def conditions(records: Sequence[Record], metrics: Iterable[str]) -> tuple[str, 
             number each time, and scores that are the same bytes stay so.
     """
     is_timed = any(name.startswith("latency_s") for name in metrics)
+    before, after = _without_times(records)
+    return tuple(phrase for phrase in (*before, _samples(records) if is_timed else "", *after) if phrase)
+
+
+_samples = once(describe_samples)
+
+
+@once
+def _without_times(records: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """What is told in any case: before the timed images, and after them."""
     counts = _image_counts(records)
-    phrases = [
+    before = [
         _each(records, "suite", lambda record: record.get("suite")),
         _each(records, "", lambda record: _data(record, counts)),
         _each(records, "", _model),
         _each(records, "", _training),
         *_fixed_axes(records),
-        describe_samples(records) if is_timed else "",
+    ]
+    after = [
         _each(records, "", _machine),
         _each(records, "", _software),
         _each(records, "environment", lambda record: record.get("environment_id")),
         _each(records, "", _determinism),
         _each(records, "commit", _commit),
     ]
-    return tuple(phrase for phrase in phrases if phrase)
+    return before, after
 
 
 def _each(records: Sequence[Record], name: str, read: Callable[[Record], Any]) -> str:

@@ -29,6 +29,7 @@ from bench.report.cells import (
     is_measured,
     is_score,
     metric_names,
+    once,
     ordered,
     reason_of_absence,
     unit_of,
@@ -137,15 +138,16 @@ def grid_table(records: Sequence[Record], *, rows: str, columns: str, metric: st
 
     full = len(keys) * len(column_values)
     values = {cell: value_of(found, metric) for cell, found in groups.items()}
-    best = find_best(groups, [metric])
+    best = find_best(groups, [metric], {(metric, cell): value for cell, value in values.items()})
     spans = _Spans.of(values.values())
+    absent = Value("absent")
     body = []
     for key in keys:
         entries = []
         for column in column_values:
             cell = (*key, column)
-            entry = _entry(values.get(cell, Value("absent")), style, spans, quantiles=False)
-            entries.append(replace(entry, is_best=(metric, cell) in best.cells))
+            is_best = (metric, cell) in best.cells
+            entries.append(_entry(values.get(cell, absent), style, spans, quantiles=False, is_best=is_best))
         body.append((*(_key_entry(part) for part in key), *entries))
     key_columns = [_key_column(name, records) for name in [*others, rows]]
     value_columns = [
@@ -180,20 +182,22 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
     axes = varying_axes(records) or _fallback_axes(records)
     groups = group_by(records, axes)
     values = {(name, key): value_of(found, name) for name in names for key, found in groups.items()}
-    best = find_best(groups, names)
-    spans = {name: _Spans.of(value for (of, _), value in values.items() if of == name) for name in names}
-    within = {cell: found for cell in values if (found := _within_run(groups[cell[1]], cell[0])) is not None}
-    timed = {name for name, _ in within}
+    best = find_best(groups, names, values)
+    spans = {name: _Spans.of(values[name, key] for key in groups) for name in names}
+    styles = {name: style_of(name, unit_of(records, name)) for name in names}
+    with_ends = [name for name in names if styles[name].quantiles]
+    within = {(name, key): _within_run(found, name) for name in with_ends for key, found in groups.items()}
+    timed = {name for (name, _), ends in within.items() if ends is not None}
     body = []
     for key in _row_keys(records, axes):
         entries = []
         for name in names:
-            style = style_of(name, unit_of(records, name))
-            ends = within.get((name, key), (None, None)) if name in timed else None
-            entry = _entry(values[name, key], style, spans[name], quantiles=style.quantiles, ends=ends)
-            entries.append(replace(entry, is_best=(name, key) in best.cells))
+            style, is_best = styles[name], (name, key) in best.cells
+            ends = within[name, key] or (None, None) if name in timed else None
+            entry = _entry(values[name, key], style, spans[name], quantiles=style.quantiles, ends=ends, is_best=is_best)
+            entries.append(entry)
         body.append((*(_key_entry(part) for part in key), *_said_once(entries)))
-    metric_columns = [_metric_column(name, records, spans[name], has_ends=name in timed) for name in names]
+    metric_columns = [_metric_column(name, styles[name], spans[name], has_ends=name in timed) for name in names]
     return Table(
         title=title or "All cells",
         columns=(*(_key_column(name, records) for name in axes), *metric_columns),
@@ -313,8 +317,8 @@ def _default_metrics(records: Sequence[Record], known: Sequence[str]) -> list[st
     if memory in names and value_of(records, memory).state != "ok":
         names.remove(memory)  # a machine without a GPU: the column could only say so in every row
     finished = [record for record in records if record.get("status") == "ok"]
-    states = {(value_of([record], "segm/AP").state, value_of([record], "bbox/AP").state) for record in finished}
-    if states == {("unmeasured", "ok")}:
+    found = {(is_measured(record, "segm/AP"), is_measured(record, "bbox/AP")) for record in finished}
+    if found == {(False, True)}:
         names = [name for name in names if not name.startswith("segm/")]  # a suite of boxes only
     return names or list(known) or ["segm/AP"]
 
@@ -359,14 +363,13 @@ class _Spans:
 
 def _within_run(cell: Sequence[Record], name: str) -> tuple[float, float] | None:
     """The 95 % interval of a latency of a cell of one run; None where there is none to tell."""
-    if len(cell) != 1 or not style_of(name).quantiles or not is_measured(cell[0], name):
+    if len(cell) != 1 or not is_measured(cell[0], name):
         return None
     found = quantile_of(cell[0], name)
     return None if found is None or found.low is None or found.high is None else (found.low, found.high)
 
 
-def _metric_column(name: str, records: Sequence[Record], spans: _Spans, *, has_ends: bool = False) -> Column:
-    style = style_of(name, unit_of(records, name))
+def _metric_column(name: str, style: Style, spans: _Spans, *, has_ends: bool = False) -> Column:
     unit = f" [{style.unit}]" if style.unit else " [x100]" if style.scale == 100 else ""
     ends = (f"{name}/p5{unit}", f"{name}/p95{unit}") if style.quantiles else ()
     within = (f"{name}/low{unit}", f"{name}/high{unit}") if has_ends else ()
@@ -380,6 +383,7 @@ def _entry(
     *,
     quantiles: bool,
     ends: tuple[float | None, float | None] | None = None,
+    is_best: bool = False,
 ) -> Entry:
     """ends: of the interval of a median, in a column that has some."""
     if value.mean is None:
@@ -407,7 +411,7 @@ def _entry(
         fields += [_csv_number(value.low, style), _csv_number(value.high, style)]
     if ends is not None:
         fields += [_csv_number(end, style) for end in ends]
-    return Entry(text + range_ + lost, tuple(fields), without_range=short + lost, lost=lost)
+    return Entry(text + range_ + lost, tuple(fields), without_range=short + lost, lost=lost, is_best=is_best)
 
 
 def _csv_number(number: float | None, style: Style) -> str:
@@ -458,8 +462,7 @@ def _notes(
     if spans.over:
         what = f"over {_and(spans.over[0])}" if len(spans.over) == 1 else "over what stands in brackets"
         notes.append(f"± of AP and AR: half the 95 % interval, {what}.")
-    seeds = {name: {axis_value(record, name) for record in records} for name in REPEAT_AXES}
-    repeated = [f"{len(found)} {axis_label(name)}s" for name, found in seeds.items() if len(found) > 1]
+    repeated = [f"{count} {axis_label(name)}s" for name, count in _repeats(records).items() if count > 1]
     if repeated and (not spans.over or any(value.half is None for value in shown)):
         other = "Other values: mean" if spans.over else "Mean"
         notes.append(f"{other} ± standard deviation over {' × '.join(repeated)}.")
@@ -474,10 +477,16 @@ def _notes(
     return (*notes, *marked, *absences(records, metrics))
 
 
+@once
+def _repeats(records: Sequence[Record]) -> dict[str, int]:
+    """How many values each axis has that only repeats a measurement."""
+    return {name: len({axis_value(record, name) for record in records}) for name in REPEAT_AXES}
+
+
 def _warnings(records: Sequence[Record], metrics: Sequence[str]) -> list[str]:
     """What a reader of AP has to know of the sets of images it was taken on."""
     scores = [name for name in metrics if is_score(name)]
-    measured = [record for record in records if any(value_of([record], name).state == "ok" for name in scores)]
+    measured = [record for record in records if any(is_measured(record, name) for name in scores)]
     found = []
     counts = sorted({count for count, _ in image_sets(measured) if count is not None})
     if len(counts) > 1:

@@ -187,8 +187,8 @@ def is_outlier(samples: Sequence[float]) -> np.ndarray:
     if not positive.any():
         return marks
     logs = np.log(values[positive])
-    away = np.abs(logs - np.median(logs))
-    spread = np.median(away)
+    away = np.abs(logs - _point(np.sort(logs), 0.5))
+    spread = _point(np.sort(away), 0.5)
     if spread > 0:
         marks[positive] = _MAD_OF_NORMAL * away / spread > OUTLIER_LIMIT
     return marks

@@ -7,7 +7,8 @@ were drawn together: what the images have in common cancels in the difference.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,17 @@ def image_sets(records: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, s
     A record without a digest counts as of the set of the others of its size, and one whose digest does not tell the
     labels as of that of the others with its ids.
     """
-    found: dict[tuple[int | None, str], None] = {}
-    for record in records:
-        count = record.get("metrics", {}).get("num_images", {}).get("value")
-        digests = {entry["images"] for entry in record.get("resamples", {}).values()}
-        found[count, min(digests, default="")] = None
+    return _different([_image_set(record) for record in records])
+
+
+def _image_set(record: Mapping[str, Any]) -> tuple[int | None, str]:
+    """What a record itself says of its images."""
+    count = record.get("metrics", {}).get("num_images", {}).get("value")
+    return count, min({entry["images"] for entry in record.get("resamples", {}).values()}, default="")
+
+
+def _different(sets: Iterable[tuple[int | None, str]]) -> list[tuple[int | None, str]]:
+    found = dict.fromkeys(sets)
     with_digest = {count for count, digest in found if digest}
     with_labels = {digest.partition(":")[0] for _, digest in found if ":" in digest}
     known = [(count, digest) for count, digest in found if count is not None and digest not in with_labels]
@@ -41,7 +48,12 @@ def place_of_images(records: Sequence[Mapping[str, Any]], sets: Sequence[tuple[i
 
     Where the digest is missing, or does not tell the labels, it is the first set that it can be.
     """
-    for count, digest in image_sets(records):
+    return _place(tuple(_image_set(record) for record in records), tuple(sets))
+
+
+@lru_cache(maxsize=1024)
+def _place(own: tuple[tuple[int | None, str], ...], sets: tuple[tuple[int | None, str], ...]) -> int:
+    for count, digest in _different(own):
         for place, (other, its_digest) in enumerate(sets):
             same = digest in ("", its_digest) or its_digest.startswith(f"{digest}:")
             if count == other and same:

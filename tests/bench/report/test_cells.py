@@ -1,20 +1,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from report_records import make_record, with_error
 
 from bench.report.cells import (
+    Record,
+    Records,
     _value_of_runs,
     axis_value,
     group_by,
     latest,
+    metric_names,
+    once,
     ordered,
     sort_records,
     value_of,
     varying_axes,
 )
+from bench.report.conditions import conditions
+from bench.report.tables import long_table
 
 
 def test_seeds_are_averaged_by_hand() -> None:
@@ -160,3 +167,29 @@ class TestIntervals:
         assert value_of(records, "latency_s/total").state == "ok"
         digests = [with_error(make_record(seed=seed), 0.1, [0.1], images=str(seed)) for seed in (0, 1)]
         assert value_of(digests, "segm/AP").state == "incomparable"
+
+
+def test_records_of_a_report_are_asked_once() -> None:
+    asked = []
+
+    @once
+    def count(records: Sequence[Record]) -> int:
+        asked.append(records)
+        return len(records)
+
+    report, other = Records([make_record(1), make_record(2)]), Records([make_record(1)])
+    assert [count(report), count(other), count(report), count(other)] == [2, 1, 2, 1]
+    assert len(asked) == 2
+    plain = [make_record(1)]
+    assert count(plain) == 1
+    plain.append(make_record(2))  # a list may change, so it is asked again
+    assert count(plain) == 2
+
+
+def test_records_of_a_report_say_what_a_list_of_them_says() -> None:
+    records = [make_record(steps, proposals) for steps in (1, 2) for proposals in (10, 20)]
+    report = Records(records)
+    for metrics in (["segm/AP"], ["latency_s/total"]) * 2:
+        assert conditions(report, metrics) == conditions(records, metrics)
+    for ask in (varying_axes, metric_names, long_table):
+        assert ask(report) == ask(report) == ask(records)
