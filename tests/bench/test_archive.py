@@ -45,6 +45,15 @@ def test_a_zip_as_others_read_it(tmp_path: Path) -> None:
         assert {info.date_time for info in found.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
+def test_files_that_are_read_in_pieces_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path).read_bytes()
+    monkeypatch.setattr(archive, "_CHUNK", 5)
+    (tmp_path / "two").write_bytes(b"two\n" * 9)
+    path = write(tmp_path, {**FILES, "b/two.txt": tmp_path / "two"})
+    assert path.read_bytes() == whole
+    assert check_archive(path).findings == ()
+
+
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
     first = write(tmp_path).read_bytes()
     (tmp_path / "two").write_bytes(b"two\n" * 9)

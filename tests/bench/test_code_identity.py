@@ -105,6 +105,7 @@ def test_what_is_reached_and_nothing_else(tmp_path: Path) -> None:
     [
         ("main", "# how many", "# so many, and more"),
         ("main", '"""Do it."""', '"""Do it well."""'),
+        ("main", '"""What runs."""', '"""What runs, and why."""'),
         ("main", "value: Shape", "value: object"),
         ("main", "helper(value) + LIMIT + constants.STEP", "(helper(value)\n        + LIMIT + constants.STEP)"),
         ("main", "OTHER = 4", "OTHER = 5"),
