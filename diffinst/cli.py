@@ -1,4 +1,4 @@
-"""diffinst train | evaluate | predict | import-weights | export-weights: parse, call one function, print.
+"""diffinst train, evaluate, predict and init-, import- and export-weights: parse, call one function, print.
 
 A user's mistake: one line, exit code 2.
 """
@@ -42,6 +42,10 @@ DataRootOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 ForceOption = Annotated[bool, typer.Option("--force", help="replace what is there already")]
+PresetOption = Annotated[
+    Literal["fixed", "released"],
+    typer.Option("--preset", help="how evaluate and predict sample by default: see DIFFERENCES.md"),
+]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="model.safetensors of a training")]
 
 _NOT_FIXED = ("sampler", "data")  # sections that a checkpoint leaves open
@@ -416,6 +420,31 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@app.command("init-weights")
+def init_weights(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="where the weights go")],
+    override: SetOption = None,
+    preset: PresetOption = "fixed",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the random weights")] = 0,
+    force: ForceOption = False,
+) -> None:
+    """Write the weights that a training starts from: enough to time a model, and to hold two programs side by side."""
+    import torch
+
+    from diffinst.build import build_model
+    from diffinst.checkpoint import save_checkpoint
+
+    _check_new_file(out, (".safetensors",), force=force)
+    config = override_config(_validated(RELEASED if preset == "released" else {}, "--preset"), override or [])
+    if config.model.num_classes is None:
+        raise ConfigError("--set num_classes=K is missing: how many classes the model tells apart, 80 for COCO")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config.model)
+    save_checkpoint(out, model=model.state_dict(), config=config, iteration=0)
+    typer.echo(f"wrote {out}: {sum(value.numel() for value in model.parameters()):,} random parameters")
+
+
 @app.command("import-weights")
 def import_weights(
     file: Annotated[
@@ -423,10 +452,7 @@ def import_weights(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="where the converted weights go")],
     override: SetOption = None,
-    preset: Annotated[
-        Literal["fixed", "released"],
-        typer.Option("--preset", help="how evaluate and predict sample by default: see DIFFERENCES.md"),
-    ] = "fixed",
+    preset: PresetOption = "fixed",
     classes: Annotated[
         Path | None, typer.Option("--classes", help="names: a text file, one a line, or COCO or LVIS annotations")
     ] = None,
@@ -471,11 +497,13 @@ def export_weights(
     typer.echo(f"wrote {out}: {run_export(checkpoint, out)} tensors")
 
 
-def _check_new_file(out: Path, suffixes: tuple[str, ...], *, force: bool, source: Path) -> None:
+def _check_new_file(out: Path, suffixes: tuple[str, ...], *, force: bool, source: Path | None = None) -> None:
     """Refuses to write where something is already, and formats that are not written."""
     if out.suffix not in suffixes:
         raise ConfigError(f"--out {out}: is not allowed. Allowed: a file name that ends in {' or '.join(suffixes)}")
-    if out.exists() and (not force or out.is_dir() or (source.exists() and out.samefile(source))):
+    if out.exists() and (
+        not force or out.is_dir() or (source is not None and source.exists() and out.samefile(source))
+    ):
         raise ConfigError(f"--out {out}: is there already. Choose another name, or replace it with --force")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}. Make it first")

@@ -1,4 +1,4 @@
-"""diffinst import-weights and export-weights, and what the other commands do with their files."""
+"""diffinst init-, import- and export-weights, and what the other commands do with their files."""
 
 from __future__ import annotations
 
@@ -90,6 +90,28 @@ class Evil:
         return os.system, ("touch mark",)
 
 
+def test_weights_to_start_from(capsys: pytest.CaptureFixture) -> None:
+    sizes = set_all(*(f"{name}={value}" for name, value in SIZES.items()), "mask_branch_channels=16")
+
+    def start(out: str, *options: str) -> dict[str, torch.Tensor]:
+        assert main(["init-weights", "--out", out, *sizes, *options]) == 0
+        return load_checkpoint(Path(out)).model
+
+    first, again, other = start("1.safetensors"), start("2.safetensors"), start("3.safetensors", "--seed", "1")
+    assert Path("1.safetensors").read_bytes() == Path("2.safetensors").read_bytes()
+    name = "box_head.stages.0.class_logits.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+    start("3.safetensors", "--force")
+    assert Path("3.safetensors").read_bytes() == Path("1.safetensors").read_bytes()
+    assert "random parameters" in capsys.readouterr().out
+    assert main(["export-weights", "1.safetensors", "--out", "1.pth"]) == 0
+    assert main(["import-weights", "1.pth", "--out", "back.safetensors"]) == 0
+    back = load_checkpoint(Path("back.safetensors")).model
+    assert back.keys() == first.keys()
+    assert all(torch.equal(back[key], value) for key, value in first.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,6 +131,9 @@ class Evil:
             "no list of categories",
         ),
         (["import-weights", "released.pth", "--out", "x.safetensors", "--classes", "two.txt"], "2 names are given"),
+        (["init-weights", "--out", "x.safetensors"], "--set num_classes=K is missing"),
+        (["init-weights", "--out", "own.safetensors", "--set", "num_classes=2"], "is there already"),
+        (["init-weights", "--out", "x.pth", "--set", "num_classes=2"], "ends in .safetensors"),
         (["export-weights", "gone.safetensors", "--out", "x.pth"], "gone.safetensors: no such checkpoint"),
         (["export-weights", "own.safetensors", "--out", "x.onnx"], "ends in .pth or .pkl"),
         (["export-weights", "own.safetensors", "--out", "released.pth"], "is there already"),
