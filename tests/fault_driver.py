@@ -10,6 +10,7 @@ command runs undisturbed. One JSON line for each job says what was found; the fi
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import json
 import os
@@ -131,6 +132,18 @@ def run_command(folder: Path, strike: Strike | None, delay_s: float | None = Non
     return os.waitstatus_to_exitcode(status), time.monotonic() - began
 
 
+def wait_for_lock(path: Path, seconds: float = 60.0) -> None:
+    """Until no worker of a killed command lives: forked here, not executed, they hold its lock until the signal comes."""
+    deadline = time.monotonic() + seconds
+    while path.is_file() and time.monotonic() < deadline:
+        with path.open("rb") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.01)
+
+
 def content(root: Path) -> dict[str, str]:
     """Everything in a results folder that has to be the same however often its making was disturbed."""
     found = {}
@@ -200,7 +213,7 @@ def run_job(folder: Path, job: dict[str, Any], expected: dict[str, str] | None) 
     found["unreadable"] = unreadable(root)
     if expected is not None:
         (folder / "screen.txt").unlink()
-        time.sleep(0.02)
+        wait_for_lock(root / ".lock")
         found["again"], found["seconds_again"] = run_command(folder, None)
         found["screen_again"] = (folder / "screen.txt").read_text()
         now = content(root)

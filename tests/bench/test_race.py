@@ -318,7 +318,9 @@ measure: {score: false, latency_images: 2, latency_seconds: 0.0, flops: false}
         ids[json.loads(path.read_text())["axes"]["num_proposals"]] = path.stem
     arguments = ("--rounds", "3", "--images", "10", "--device", "cpu", "--out", "race.json")
     done = call("bench.diffbench", "race", ids[5], ids[500], *arguments, "--head-source", str(copy))
-    assert done.returncode == 1, done.stdout + done.stderr
+    # Rounds that other work on the cores disturbed may say too little; then it says that.
+    disturbed = done.returncode == 6 and ", 0 contended" not in done.stdout
+    assert done.returncode == 1 or disturbed, done.stdout + done.stderr
     assert "note: sampler.num_proposals 5 and 500" in done.stdout
     content = json.loads((tmp_path / "race.json").read_text())
     assert [len(content[name]) for name in SIDES] == [3, 3]
