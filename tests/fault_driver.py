@@ -133,7 +133,7 @@ def run_command(folder: Path, strike: Strike | None, delay_s: float | None = Non
 
 
 def wait_for_lock(path: Path, seconds: float = 60.0) -> None:
-    """Until no worker of a killed command lives: forked here, not executed, they hold its lock until the signal comes."""
+    """Until no worker of a killed command lives: as they are forked only, they hold its lock until the signal comes."""
     deadline = time.monotonic() + seconds
     while path.is_file() and time.monotonic() < deadline:
         with path.open("rb") as handle:

@@ -401,7 +401,7 @@ def test_a_clone_of_an_original_predicts_the_same_twice(
 ) -> None:
     if not (CHECKOUTS / repository).is_dir():
         pytest.skip(f"DIFFINST_CHECKOUTS names no folder with a clone of {repository}")
-    sizes = {"HIDDEN_DIM": 16, "NUM_HEADS": 2, "NHEADS": 4, "DIM_FEEDFORWARD": 32, "DIM_DYNAMIC": 8}
+    sizes = {"PRIOR_PROB": 0.45, "HIDDEN_DIM": 16, "NUM_HEADS": 2, "NHEADS": 4, "DIM_FEEDFORWARD": 32, "DIM_DYNAMIC": 8}
     engine = {
         "name": "original",
         "checkout": str(CHECKOUTS / repository),
