@@ -426,9 +426,15 @@ def init_weights(
     override: SetOption = None,
     preset: PresetOption = "fixed",
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the random weights")] = 0,
+    still: Annotated[
+        bool, typer.Option("--still", help="boxes stay where they are drawn: what moves them is 0, and not random")
+    ] = False,
     force: ForceOption = False,
 ) -> None:
-    """Write the weights that a training starts from: enough to time a model, and to hold two programs side by side."""
+    """Write the weights that a training starts from: enough to time a model, and to hold two programs side by side.
+
+    Six random stages in a row move every box out of the picture, and no mask is left to time; so --still for that.
+    """
     import torch
 
     from diffinst.build import build_model
@@ -441,6 +447,10 @@ def init_weights(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config.model)
+    if still:
+        for stage in model.box_head.stages:
+            for parameter in stage.box_deltas.parameters():
+                torch.nn.init.zeros_(parameter)
     save_checkpoint(out, model=model.state_dict(), config=config, iteration=0)
     typer.echo(f"wrote {out}: {sum(value.numel() for value in model.parameters()):,} random parameters")
 

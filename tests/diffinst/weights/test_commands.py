@@ -104,6 +104,10 @@ def test_weights_to_start_from(capsys: pytest.CaptureFixture) -> None:
     assert not torch.equal(first[name], other[name])
     start("3.safetensors", "--force")
     assert Path("3.safetensors").read_bytes() == Path("1.safetensors").read_bytes()
+    still = start("still.safetensors", "--still")
+    moving = {key for key, value in first.items() if not torch.equal(value, still[key])}
+    assert moving == {f"box_head.stages.0.box_deltas.{part}" for part in ("weight", "bias")}
+    assert not still["box_head.stages.0.box_deltas.weight"].any()
     assert "random parameters" in capsys.readouterr().out
     assert main(["export-weights", "1.safetensors", "--out", "1.pth"]) == 0
     assert main(["import-weights", "1.pth", "--out", "back.safetensors"]) == 0
