@@ -89,7 +89,7 @@ class DiffusionInst(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         pyramid = list(self.fpn(self.backbone(images)).values())
         return Features(
-            pyramid=pyramid,
+            pyramid=self.box_head.lay_out(pyramid),
             mask_features=None if self.mask_branch is None else self.mask_branch(pyramid),
             pixel_table=self.box_head.pixel_table(pyramid),
         )

@@ -38,7 +38,5 @@ class FPN(nn.Module):
         """Maps of a backbone -> {"p2": (B, C, H/4, W/4), ..., "p5": (B, C, H/32, W/32)}."""
         laterals = [lateral(features[name]) for name, lateral in zip(self.in_names, self.lateral)]
         for finer in range(len(laterals) - 2, -1, -1):
-            laterals[finer] = laterals[finer] + functional.interpolate(
-                laterals[finer + 1], scale_factor=2.0, mode="nearest"
-            )
+            laterals[finer].add_(functional.interpolate(laterals[finer + 1], scale_factor=2.0, mode="nearest"))
         return {name: output(x) for name, output, x in zip(self.out_shapes, self.output, laterals)}

@@ -28,9 +28,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        x = functional.relu(self.conv1(x))
-        x = functional.relu(self.conv2(x))
-        return functional.relu(self.conv3(x) + shortcut)
+        # In place: no convolution needs its own output again, and a new map costs as much as what is done to it.
+        x = functional.relu(self.conv1(x), inplace=True)
+        x = functional.relu(self.conv2(x), inplace=True)
+        return functional.relu(self.conv3(x).add_(shortcut), inplace=True)
 
 
 class ResNet(Backbone):
@@ -80,7 +81,7 @@ class ResNet(Backbone):
             freeze(part)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = functional.relu(self.stem(images))
+        x = functional.relu(self.stem(images), inplace=True)
         x = functional.max_pool2d(x, 3, stride=2, padding=1)
         features = {}
         for name in self.out_shapes:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffinst.heads.dynamic_conv import DynamicConv
 from diffinst.heads.time_embedding import TimeEmbedding
 from diffinst.ops.boxes import apply_deltas
-from diffinst.ops.roi import BoxPooling, pixel_table, pool_boxes
+from diffinst.ops.roi import BoxPooling, lay_out, pixel_table, pool_boxes
 from diffinst.structures import HeadOutput
 
 # The bias that makes every class start at this probability, so that the many negatives do not swamp the focal loss
@@ -189,6 +189,10 @@ class BoxHead(nn.Module):
     def pixel_table(self, pyramid: list[Tensor]) -> Tensor | None:
         """What all calls on one pyramid share, see `diffinst.ops.roi.pixel_table`."""
         return pixel_table(pyramid, self.box_pooling)
+
+    def lay_out(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """The pyramid as all calls on it read it, see `diffinst.ops.roi.lay_out`."""
+        return lay_out(pyramid, self.box_pooling)
 
     def forward(self, pyramid: list[Tensor], boxes_xyxy: Tensor, t: Tensor, table: Tensor | None = None) -> HeadOutput:
         """Denoises boxes.

@@ -71,6 +71,15 @@ def pixel_table(pyramid: Sequence[Tensor], method: BoxPooling = "auto") -> Tenso
     return table.to(torch.promote_types(table.dtype, torch.float32))  # half-precision weights would shift samples
 
 
+def lay_out(pyramid: Sequence[Tensor], method: BoxPooling = "auto") -> list[Tensor]:
+    """The pyramid as `method` reads it: torchvision's operator would copy what has the channels innermost at each call.
+
+    Args:
+        pyramid: levels (B, C, H/stride, W/stride).
+    """
+    return [level.contiguous() for level in pyramid] if _is_by_level(pyramid, method) else list(pyramid)
+
+
 def pool_boxes(
     pyramid: Sequence[Tensor],
     strides: Sequence[int],
@@ -83,7 +92,7 @@ def pool_boxes(
 ) -> Tensor:
     """ROIAlign (arXiv:1703.06870, with the half-pixel offset) of each box on its pyramid level.
 
-    No shape depends on how many boxes fall on a level, so nothing waits for the device.
+    On a GPU no shape depends on how many boxes fall on a level, so nothing waits for the device.
 
     Args:
         pyramid: levels (B, C, H/stride, W/stride), finest first.
@@ -104,7 +113,8 @@ def pool_boxes(
         num_boxes, output_size=batch_size * num_boxes
     )
     if _is_by_level(pyramid, method):
-        return _pool_by_level(pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
+        pool = _pool_levels_apart if boxes_xyxy.device.type == "cpu" else _pool_by_level
+        return pool(pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
     if table is None:
         table = pixel_table(pyramid, method)
         assert table is not None
@@ -134,6 +144,25 @@ def _pool_by_level(
         total = pooled if total is None else total + pooled
     assert total is not None
     return total
+
+
+def _pool_levels_apart(
+    pyramid: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes_xyxy: Tensor,
+    levels: Tensor,
+    image_index: Tensor,
+    resolution: int,
+    sampling_ratio: int,
+) -> Tensor:
+    """The same with the boxes of each level alone: for a CPU, where counting them waits for nothing."""
+    cells = pyramid[0].new_zeros(len(boxes_xyxy), pyramid[0].shape[1], resolution, resolution)
+    for level, (feature_map, stride) in enumerate(zip(pyramid, strides)):
+        (here,) = (levels == level).nonzero(as_tuple=True)
+        rois = torch.cat([image_index[here, None].to(boxes_xyxy), boxes_xyxy[here]], dim=1)
+        pooled = roi_align(feature_map, rois, resolution, 1 / stride, sampling_ratio, aligned=True)
+        cells = cells.index_copy(0, here, pooled) if pooled.requires_grad else cells.index_copy_(0, here, pooled)
+    return cells
 
 
 def _pool_by_bags(

@@ -130,6 +130,27 @@ def test_pool_reads_channels_last_alike(method):
     assert_close(pool_boxes(strided, STRIDES, boxes, method=method), pool_boxes(pyramid, STRIDES, boxes, method=method))
 
 
+def test_levels_apart_are_all_levels_with_the_others_out_of_sight(monkeypatch):
+    boxes, found = make_boxes(), []
+    for apart in (roi._pool_levels_apart, roi._pool_by_level):
+        monkeypatch.setattr(roi, "_pool_levels_apart", apart)
+        pyramid = [level.requires_grad_() for level in make_pyramid()]
+        pooled = pool_boxes(pyramid, STRIDES, boxes, method="roi_align")
+        assert torch.equal(
+            pooled, pool_boxes([level.detach() for level in pyramid], STRIDES, boxes, method="roi_align")
+        )
+        (pooled * torch.arange(pooled.numel()).view_as(pooled).cos()).sum().backward()
+        found.append([pooled, *(level.grad for level in pyramid)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_pyramid_is_laid_out_once(method):
+    pyramid = [level.contiguous(memory_format=torch.channels_last) for level in make_pyramid()]
+    laid_out = roi.lay_out(pyramid, method)
+    assert all(torch.equal(one, other) for one, other in zip(laid_out, pyramid, strict=True))
+    assert all(level.is_contiguous() == (method == "roi_align") for level in laid_out)
+
+
 def test_pool_survives_boxes_that_are_not_finite(method):
     inf, nan = float("inf"), float("nan")
     boxes = torch.tensor([[[nan, nan, nan, nan], [-inf, -inf, inf, inf], [0, 0, inf, 5], [3e38, 0, -3e38, 9]]])
