@@ -448,8 +448,8 @@ def init_weights(
         torch.manual_seed(seed)
         model = build_model(config.model)
     if still:
-        for stage in model.box_head.stages:
-            for parameter in stage.box_deltas.parameters():
+        for name, parameter in model.box_head.named_parameters():
+            if ".box_deltas." in name:
                 torch.nn.init.zeros_(parameter)
     save_checkpoint(out, model=model.state_dict(), config=config, iteration=0)
     typer.echo(f"wrote {out}: {sum(value.numel() for value in model.parameters()):,} random parameters")
