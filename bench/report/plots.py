@@ -146,6 +146,18 @@ class Plot:
     caption: str = ""
 
 
+def _without_implied(records: Sequence[Record], names: Sequence[str], shown: Sequence[str]) -> list[str]:
+    """The axes but for those whose value follows from another one's, as the weights' file does from the engine."""
+    kept = list(names)
+    for name in reversed(names):
+        for other in (*shown, *(one for one in kept if one != name)):
+            pairs = {(axis_value(record, other), axis_value(record, name)) for record in records}
+            if len(pairs) == len({value for value, _ in pairs}):
+                kept.remove(name)
+                break
+    return kept
+
+
 def build_plot(
     records: Sequence[Record], *, x: str, y: str, lines: str | None = None, title: str | None = None
 ) -> Plot:
@@ -164,6 +176,7 @@ def build_plot(
     y_style = style_of(y, unit_of(records, y))
     x_style = style_of(x, unit_of(records, x))
     rest = [name for name in varying_axes(records) if name not in {bare(x), bare(lines or "")}]
+    rest = _without_implied(records, rest, [] if lines is None else [bare(lines)])
     # Against a metric, the axis with most values runs along the line; against an axis, x itself does.
     along = bare(x)
     if x_is_metric:
@@ -370,7 +383,7 @@ def _draw(plot: Plot) -> Figure:
     grid = figure.add_gridspec(
         rows,
         columns,
-        left=0.72 / width,
+        left=(0.72 + 0.09 * _digits_beyond(plot, 4)) / width,
         right=1 - 0.30 / width,
         top=1 - top / height,
         bottom=bottom / height,
@@ -461,6 +474,13 @@ def _state_look(state: State, colour: str) -> dict[str, Any]:
         "markeredgecolor": colour,
         "markeredgewidth": 1.6,
     }
+
+
+def _digits_beyond(plot: Plot, room: int) -> int:
+    """How many more digits the largest y value has before its point than there is room for beside the axis."""
+    values = [point.y.mean for panel in plot.panels for line in panel.lines for point in line.points]
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    return max(0, len(f"{largest:.0f}") - room)
 
 
 def _draw_panel(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]) -> None:

@@ -49,6 +49,31 @@ def test_another_axis_makes_panels_and_seeds_make_deviations() -> None:
     assert "standard deviation over seeds" in plot.caption
 
 
+def test_an_axis_that_follows_from_another_makes_no_panels() -> None:
+    # The weights' file follows from the engine; the note follows from nothing.
+    files = {"one": "one.pth", "two": "two.pth"}
+    records = [
+        make_record(steps, engine=name, weights=files[name], note=note)
+        for steps in (1, 4)
+        for name in files
+        for note in ("a", "b")
+    ]
+    plot = build_plot(records, x="sampling_steps", y="segm/AP", lines="engine")
+    assert [panel.title for panel in plot.panels] == ["note a", "note b"]
+    assert [line.label for line in plot.panels[0].lines] == ["one", "two"]
+    apart = build_plot(records, x="sampling_steps", y="segm/AP", lines="note")
+    assert [panel.title for panel in apart.panels] == ["engine one", "engine two"]
+
+
+def test_long_numbers_have_room_beside_the_axis() -> None:
+    lefts = []
+    for seconds in (1.0, 20.0):  # 1000 and 20000 ms
+        plot = build_plot([make_record(1, latency_s=seconds), make_record(4)], x="sampling_steps", y="latency_s/total")
+        figure = _draw(plot)
+        lefts.append(figure.axes[0].get_position().x0)
+    assert lefts[1] > lefts[0]
+
+
 def test_intervals_of_the_records_are_the_vertical_bars() -> None:
     records = make_grid()
     for record in records:
