@@ -241,6 +241,28 @@ def test_a_number_in_quotes_is_no_number(tmp_path: Path, load: Any, changes: dic
         load(path)
 
 
+ODD = st.sampled_from([None, True, 0, -1, 1.5, 10**400, math.nan, math.inf, "", "images", "s", [], {}])
+ENTRIES = st.dictionaries(st.sampled_from([*Metric.model_fields, "more"]), ODD, min_size=2) | ODD
+
+
+@given(ENTRIES)
+def test_a_usual_metric_is_one(entry: Any) -> None:
+    if record_module._is_usual(entry):
+        Metric.model_validate(entry, strict=True)
+
+
+def test_metrics_as_they_are_written_are_usual() -> None:
+    error = {"standard_error": 0.01, "error_of": "images"}
+    metrics = make_record().metrics | {
+        "segm/APs": metric("segm/APs", None, "no instance"),
+        "segm/AP75": metric("segm/AP75", 0.5).model_copy(update=error),
+        "num_images": metric("num_images", 3),
+    }
+    written = json.loads(dump_record(make_record().model_copy(update={"metrics": metrics})))["metrics"]
+    assert all(map(record_module._is_usual, written.values()))
+    assert not record_module._is_usual(written["num_images"] | {"reason": None})  # it is looked at closely
+
+
 def test_plain_records_of_a_file_do_not_share_what_they_lack(tmp_path: Path) -> None:
     path = tmp_path / "short.json"
     content = json.loads(dump_record(make_record()))
