@@ -38,7 +38,7 @@ def our_detector(model: DiffusionInst, settings: SamplerConfig) -> Detector:
     def plain(samples: Sequence[Sample], timer: Timer) -> list[Detections]:
         with timer("preprocess"):
             batch = model.make_batch(samples)
-        return detect(model, batch, settings, timer=timer)
+        return detect(model, batch, settings, timer=timer, mask_form="rle")
 
     def augmented(samples: Sequence[Sample], timer: Timer) -> list[Detections]:
         # Resizing to views is part of augmentation, and timed; resizing to the test size is part of loading.

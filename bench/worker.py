@@ -39,6 +39,7 @@ from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, diffus
 from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.predictions import iter_predictions
 from diffinst.model import DiffusionInst
+from diffinst.ops.paths import forget_paths, paths_taken
 from diffinst.structures import Detections, Sample
 
 PREDICTIONS_FOLDER = "predictions"
@@ -226,12 +227,18 @@ def run_latency(job: Job) -> dict[str, Any]:
 def _begin(job: Job, device: str) -> Moment:
     """Note what is known of this process before it works; the machine's state is noted with the end, see `_end`."""
     job.describe_process(process_environment(device))
+    forget_paths()
     return Moment.now(device)
 
 
 def _end(job: Job, device: str, start: Moment, determinism: dict[str, Any] | None = None) -> None:
-    """Note the machine's state at the start and now, what happened between, and whether the bits would be the same."""
-    seen = {} if determinism is None else {"determinism": determinism}
+    """Note the machine's state at the start and now, what happened between, and whether the bits would be the same.
+
+    And which of several equivalent computations ran, where this process ran them.
+    """
+    seen: dict[str, Any] = {} if determinism is None else {"determinism": determinism}
+    if taken := paths_taken():
+        seen["paths"] = taken
     job.environment["conditions"] = conditions_between(start, Moment.now(device)) | seen
 
 

@@ -13,6 +13,7 @@ from diffinst.diffusion.schedule import NoiseSchedule
 from diffinst.heads.box_head import BoxHead
 from diffinst.heads.mask_branch import MaskBranch
 from diffinst.heads.mask_head import apply_mask_head
+from diffinst.ops.roi import levels_of_table
 from diffinst.structures import Features, HeadOutput, ImageBatch, Sample
 
 
@@ -88,10 +89,13 @@ class DiffusionInst(nn.Module):
         # Convolutions and box pooling are fastest with the channels innermost, on CPUs and GPUs alike.
         images = images.contiguous(memory_format=torch.channels_last)
         pyramid = list(self.fpn(self.backbone(images)).values())
+        table = self.box_head.pixel_table(pyramid)
+        if table is not None:
+            pyramid = levels_of_table(table, pyramid)
         return Features(
             pyramid=self.box_head.lay_out(pyramid),
             mask_features=None if self.mask_branch is None else self.mask_branch(pyramid),
-            pixel_table=self.box_head.pixel_table(pyramid),
+            pixel_table=table,
         )
 
     def denoise(self, features: Features, boxes_xyxy: Tensor, t: Tensor) -> HeadOutput:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +11,19 @@ from torch import Tensor
 from diffinst.config import SamplerConfig
 from diffinst.diffusion.sampler import StepPrediction
 from diffinst.ops.boxes import clip_boxes, has_area, scale_boxes
-from diffinst.ops.masks import paste_masks
+from diffinst.ops.masks import paste_masks, paste_windows, prefers_windows
 from diffinst.ops.nms import classwise_nms
+from diffinst.ops.paths import note_path
+from diffinst.ops.rle import encode_masks
 from diffinst.structures import Candidates, Detections
 
 # Mask logits at the stride of the mask features alive at once (256 MiB): 1,100 masks of an 800 x 1216 input.
 _MAX_MASK_FLOATS = 2**26
+# Masks at the size of the original image alive at once where they are encoded as they come (16 MiB).
+_MAX_UNENCODED_PIXELS = 2**24
+
+MaskHead = Callable[[Tensor, Tensor], Tensor]
+MaskForm = Literal["bitmaps", "rle"]
 
 
 def select_candidates(steps: Sequence[StepPrediction], settings: SamplerConfig) -> list[Candidates]:
@@ -68,8 +76,9 @@ def finish(
     image_size: tuple[int, int],
     original_size: tuple[int, int],
     settings: SamplerConfig,
-    mask_head: Callable[[Tensor, Tensor], Tensor] | None,
+    mask_head: MaskHead | None,
     mask_stride: int = 4,
+    mask_form: MaskForm = "bitmaps",
 ) -> Detections:
     """Scale boxes to the original image, drop empty ones, keep the best, and decode masks for those alone.
 
@@ -81,15 +90,16 @@ def finish(
         settings: number of detections, mask threshold and clipping.
         mask_head: (mask_features (C, Hm, Wm), mask_params (D, P)) -> (D, Hm, Wm) logits; None without masks.
         mask_stride: network input pixels per mask feature pixel.
+        mask_form: "rle" encodes masks as they come, so that memory does not grow with their number.
     Returns:
         At most `settings.max_detections` detections, best score first.
     """
     boxes_xyxy = clip_boxes(scale_boxes(candidates.boxes_xyxy, image_size, original_size), original_size)
     kept = has_area(boxes_xyxy).nonzero().squeeze(1)[: settings.max_detections]
     boxes_xyxy = boxes_xyxy[kept]
-    masks = None
+    masks, encodings = None, None
     if candidates.mask_params is not None and mask_features is not None and mask_head is not None:
-        masks = decode_masks(
+        parts = iterate_masks(
             mask_head,
             mask_features,
             candidates.mask_params[kept],
@@ -98,9 +108,18 @@ def finish(
             image_size=image_size,
             original_size=original_size,
             settings=settings,
+            max_pixels=_MAX_UNENCODED_PIXELS if mask_form == "rle" else None,
         )
+        if mask_form == "rle":
+            encodings = [encoding for part in parts for encoding in encode_masks(part)]
+        else:
+            masks = join_masks(list(parts))
     return Detections(
-        boxes_xyxy=boxes_xyxy, scores=candidates.scores[kept], labels=candidates.labels[kept], masks=masks
+        boxes_xyxy=boxes_xyxy,
+        scores=candidates.scores[kept],
+        labels=candidates.labels[kept],
+        masks=masks,
+        encodings=encodings,
     )
 
 
@@ -121,7 +140,7 @@ def _best_pairs(step: StepPrediction) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def decode_masks(
-    mask_head: Callable[[Tensor, Tensor], Tensor],
+    mask_head: MaskHead,
     mask_features: Tensor,
     mask_params: Tensor,
     boxes_xyxy: Tensor,
@@ -138,19 +157,83 @@ def decode_masks(
         mirrored: the network saw the image mirrored, left to right; boxes and masks are those of the image.
         mask_head, mask_features, mask_params, stride, image_size, original_size, settings: as for `finish`.
     """
-    chunk = max(1, _MAX_MASK_FLOATS // mask_features[0].numel())
-    pasted = [
-        paste_masks(
-            mask_head(mask_features, params).sigmoid(),
-            boxes,
-            stride=stride,
-            image_size=image_size,
-            output_size=original_size,
-            threshold=settings.mask_threshold,
-            clip=settings.mask_clip,
-            mirrored=mirrored,
+    return join_masks(
+        list(
+            iterate_masks(
+                mask_head,
+                mask_features,
+                mask_params,
+                boxes_xyxy,
+                stride=stride,
+                image_size=image_size,
+                original_size=original_size,
+                settings=settings,
+                mirrored=mirrored,
+            )
         )
-        for params, boxes in zip(mask_params.split(chunk), boxes_xyxy.split(chunk))
-    ]
-    # Joined as they lie in memory, column by column.
-    return torch.cat([masks.transpose(1, 2) for masks in pasted]).transpose(1, 2)
+    )
+
+
+def join_masks(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of `iterate_masks` as one tensor, laid out as they are in memory, column by column."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([masks.transpose(1, 2) for masks in parts]).transpose(1, 2)
+
+
+def iterate_masks(
+    mask_head: MaskHead,
+    mask_features: Tensor,
+    mask_params: Tensor,
+    boxes_xyxy: Tensor,
+    *,
+    stride: int,
+    image_size: tuple[int, int],
+    original_size: tuple[int, int],
+    settings: SamplerConfig,
+    mirrored: bool = False,
+    max_pixels: int | None = None,
+) -> Iterator[Tensor]:
+    """Masks as those of `decode_masks`, some at a time, (d, *original_size) bool each; at least one part.
+
+    On a CPU the mask head sees only the mask features that lie under a box, for all but small images.
+
+    Args:
+        max_pixels: of a part, over all its masks; None sets no limit but that of the mask head's memory.
+        mask_head, mask_features, mask_params, boxes_xyxy, stride, image_size, original_size, settings, mirrored: as
+            for `decode_masks`.
+    """
+    height, width = mask_features.shape[1:]
+    by_window = prefers_windows(mask_features.device, original_size)
+    note_path("masks", "under_their_boxes" if by_window else "whole")
+    chunk = max(len(mask_params), 1) if by_window else max(1, _MAX_MASK_FLOATS // (height * width))
+    if max_pixels is not None:
+        chunk = min(chunk, max(1, max_pixels // (original_size[0] * original_size[1])))
+    for params, boxes in zip(mask_params.split(chunk), boxes_xyxy.split(chunk)):
+        if by_window:
+
+            def probabilities_of(i: int, rows: slice, columns: slice, params: Tensor = params) -> Tensor:
+                return mask_head(mask_features[:, rows, columns], params[i : i + 1])[0].float().sigmoid()
+
+            yield paste_windows(
+                probabilities_of,
+                boxes,
+                mask_size=(height, width),
+                stride=stride,
+                image_size=image_size,
+                output_size=original_size,
+                threshold=settings.mask_threshold,
+                clip=settings.mask_clip,
+                mirrored=mirrored,
+            )
+        else:
+            yield paste_masks(
+                mask_head(mask_features, params).sigmoid(),
+                boxes,
+                stride=stride,
+                image_size=image_size,
+                output_size=original_size,
+                threshold=settings.mask_threshold,
+                clip=settings.mask_clip,
+                mirrored=mirrored,
+            )

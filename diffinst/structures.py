@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from diffinst.ops.rle import RLE
+
 
 class FeatureShape(NamedTuple):
     """Channels and stride (input pixels per feature pixel) of a feature map."""
@@ -131,13 +133,14 @@ class Detections(_Movable):
     """Final detections of one image in pixels of the original file, best score first.
 
     boxes_xyxy: (D, 4) clipped to the image, none empty. scores: (D,). labels: (D,) int64.
-    masks: (D, height, width) bool, None without masks.
+    masks: (D, height, width) bool, None without masks. encodings: in their place, D masks as COCO's run lengths.
     """
 
     boxes_xyxy: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    encodings: list[RLE] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)

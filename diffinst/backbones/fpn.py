@@ -36,7 +36,13 @@ class FPN(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Maps of a backbone -> {"p2": (B, C, H/4, W/4), ..., "p5": (B, C, H/32, W/32)}."""
-        laterals = [lateral(features[name]) for name, lateral in zip(self.in_names, self.lateral)]
-        for finer in range(len(laterals) - 2, -1, -1):
-            laterals[finer].add_(functional.interpolate(laterals[finer + 1], scale_factor=2.0, mode="nearest"))
-        return {name: output(x) for name, output, x in zip(self.out_shapes, self.output, laterals)}
+        # Coarsest first and level by level, so that little is alive at once.
+        maps: list[Tensor] = []
+        above: Tensor | None = None
+        for name, lateral, output in zip(reversed(self.in_names), reversed(self.lateral), reversed(self.output)):
+            x = lateral(features[name])
+            if above is not None:
+                x.add_(functional.interpolate(above, scale_factor=2.0, mode="nearest"))
+            above = x
+            maps.append(output(x))
+        return dict(zip(self.out_shapes, reversed(maps)))

@@ -125,4 +125,4 @@ def write_predictions(
 def _detect(model: DiffusionInst, samples: Sequence[Sample], settings: SamplerConfig) -> list[Detections]:
     if settings.tta:
         return [detect_augmented(model, sample, settings) for sample in samples]
-    return detect(model, model.make_batch(samples), settings)
+    return detect(model, model.make_batch(samples), settings, mask_form="rle")

@@ -12,7 +12,7 @@ from diffinst.config import SamplerConfig
 from diffinst.diffusion.noise import noise_for
 from diffinst.diffusion.sampler import sample
 from diffinst.model import DiffusionInst
-from diffinst.postprocess import finish, select_candidates
+from diffinst.postprocess import MaskForm, finish, select_candidates
 from diffinst.structures import Candidates, Detections, Features, ImageBatch
 
 # The parts of `detect`, in order; what comes before them, making the batch, is `DiffusionInst.make_batch`.
@@ -33,6 +33,7 @@ def detect(
     settings: SamplerConfig,
     *,
     timer: Timer = untimed,
+    mask_form: MaskForm = "bitmaps",
 ) -> list[Detections]:
     """Detections of a batch of images; an image's are the same in any batch.
 
@@ -43,6 +44,8 @@ def detect(
         settings: sampling and post-processing.
         timer: called with each of `SCOPES` in turn, gives the context that the scope runs in. Work on a GPU may be
             unfinished when a scope ends; a timer that measures must synchronise.
+        mask_form: "bitmaps" gives `Detections.masks`; "rle" gives `encodings`, in memory that does not grow with the
+            number of detections.
     Returns:
         One entry per image, in original-image pixels, on the model's device.
     Raises:
@@ -59,6 +62,7 @@ def detect(
                 original_size=batch.original_sizes[image],
                 settings=settings,
                 mask_head=model.mask_logits,
+                mask_form=mask_form,
             )
             for image in range(len(batch))
         ]

@@ -40,13 +40,15 @@ def to_record(image_id: int, detections: Detections, category_ids: Sequence[int]
     """
     boxes = detections.boxes_xyxy.detach().cpu().double()
     boxes[:, 2:] -= boxes[:, :2]
-    masks = detections.masks
+    encodings = detections.encodings
+    if encodings is None and detections.masks is not None:
+        encodings = encode_masks(detections.masks)
     return {
         "image_id": int(image_id),
         "category_id": [int(category_ids[label]) for label in detections.labels.tolist()],
         "score": detections.scores.tolist(),
         "bbox": boxes.tolist(),
-        "segmentation": None if masks is None else encode_masks(masks),
+        "segmentation": encodings,
     }
 
 

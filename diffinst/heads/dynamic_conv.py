@@ -6,6 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffinst.ops.linear import prepare_linear
+
+# Generated filters alive at once in inference on a CPU, in elements (16 MiB in float32): they should stay in the cache,
+# and memory of this size is used again where larger blocks are mapped anew each time, page by page.
+_FILTER_ELEMENTS_CPU = 2**22
+
 
 class DynamicConv(nn.Module):
     """Each proposal generates two 1x1 convolutions, which are applied to its own RoI features.
@@ -28,10 +34,23 @@ class DynamicConv(nn.Module):
 
     def forward(self, proposal_features: Tensor, roi_features: Tensor) -> Tensor:
         """(R, D) proposal features and (R, D, r, r) RoI features of the same R proposals -> (R, D)."""
-        weight1, weight2 = self.generate(proposal_features).split(self.dim * self.dim_dynamic, dim=-1)
+        num_proposals = len(proposal_features)
+        num_parts = 1
+        if proposal_features.device.type == "cpu" and not torch.is_grad_enabled():
+            num_parts = -(-num_proposals * self.generate.out_features // _FILTER_ELEMENTS_CPU)
+            num_parts = max(1, min(num_parts, num_proposals))
+        generate, out = (prepare_linear(layer, num_proposals) for layer in (self.generate, self.out))
         x = roi_features.flatten(2).transpose(1, 2)  # (R, r*r, D)
+        parts = [
+            out(self._interact(generate(features), pixels).flatten(1))
+            for features, pixels in zip(proposal_features.tensor_split(num_parts), x.tensor_split(num_parts))
+        ]
+        return functional.relu(self.out_norm(parts[0] if num_parts == 1 else torch.cat(parts)))
+
+    def _interact(self, filters: Tensor, x: Tensor) -> Tensor:
+        """(R, 2 * D * dim_dynamic) filters and (R, r*r, D) pixels -> (R, r*r, D)."""
+        weight1, weight2 = filters.split(self.dim * self.dim_dynamic, dim=-1)
         x = torch.bmm(x, weight1.unflatten(-1, (self.dim, self.dim_dynamic)))
         x = functional.relu(self.norm1(x))
         x = torch.bmm(x, weight2.unflatten(-1, (self.dim_dynamic, self.dim)))
-        x = functional.relu(self.norm2(x))
-        return functional.relu(self.out_norm(self.out(x.flatten(1))))
+        return functional.relu(self.norm2(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 _PASTE_WHOLE_UP_TO_PIXELS = 256 * 256
 # Interpolated values alive at once when masks are pasted whole (256 MiB).
 _MAX_PASTED_FLOATS = 2**26
+
+ProbabilitiesOf = Callable[[int, slice, slice], Tensor]
+Spans = tuple[list[int], list[int]]
 
 
 def aligned_bilinear(x: Tensor, factor: int) -> Tensor:
@@ -81,22 +85,81 @@ def paste_masks(
     Returns:
         (D, *output_size) bool, laid out column by column: what run-length encoding reads fastest.
     """
-    if clip not in ("truncated", "covering"):
-        raise ValueError(f"clip must be 'truncated' or 'covering', got {clip!r}")
-    height, width = output_size
+    size = (mask_probabilities.shape[1], mask_probabilities.shape[2])
     device = mask_probabilities.device
-    rows = _resize_matrix(mask_probabilities.shape[1], stride, image_size[0], height).to(device)
-    columns = _resize_matrix(mask_probabilities.shape[2], stride, image_size[1], width).to(device)
-    if mirrored:
-        columns = columns.flip(0)
-    starts = boxes_xyxy[:, :2].floor()
-    ends = boxes_xyxy[:, 2:].floor() if clip == "truncated" else boxes_xyxy[:, 2:].ceil()
-    windows = torch.cat([starts, ends], dim=1)
+    rows, columns = _resize_matrices(size, stride, image_size, output_size, mirrored=mirrored, device=device)
+    windows = _windows(boxes_xyxy, clip)
     # Half precision would move boundaries by whole pixels.
     with torch.autocast(device.type, enabled=False):
-        if device.type == "cpu" and height * width > _PASTE_WHOLE_UP_TO_PIXELS:
-            return _paste_windows(mask_probabilities.float(), windows, rows, columns, threshold)
-        return _paste_whole(mask_probabilities.float(), windows, rows, columns, threshold)
+        masks = mask_probabilities.float()
+        if prefers_windows(device, output_size):
+            return _paste_windows(
+                lambda i, source_y, source_x: masks[i, source_y, source_x],
+                windows.long().tolist(),
+                _source_spans(rows),
+                _source_spans(columns),
+                rows,
+                columns,
+                threshold,
+            )
+        return _paste_whole(masks, windows, rows, columns, threshold)
+
+
+def prefers_windows(device: torch.device, output_size: tuple[int, int]) -> bool:
+    """Whether masks of this size are pasted box by box: on the CPU the loop is cheap and most of an image is not."""
+    return device.type == "cpu" and output_size[0] * output_size[1] > _PASTE_WHOLE_UP_TO_PIXELS
+
+
+def paste_windows(
+    probabilities_of: ProbabilitiesOf,
+    boxes_xyxy: Tensor,
+    *,
+    mask_size: tuple[int, int],
+    stride: int,
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    threshold: float,
+    clip: str,
+    mirrored: bool = False,
+) -> Tensor:
+    """`paste_masks` of masks that are computed only where they are looked at, one by one, on the CPU.
+
+    Args:
+        probabilities_of: (number of a mask, rows, columns) -> that part of it, float32 in [0, 1]; asked once a mask,
+            and not at all for one that is nowhere.
+        mask_size: (Hm, Wm) of the whole masks.
+        boxes_xyxy, stride, image_size, output_size, threshold, clip, mirrored: as for `paste_masks`.
+    Returns:
+        As `paste_masks`.
+    """
+    device = boxes_xyxy.device
+    rows, columns = _resize_matrices(mask_size, stride, image_size, output_size, mirrored=mirrored, device=device)
+    windows = _windows(boxes_xyxy, clip).long().tolist()
+    spans = _source_spans(rows), _source_spans(columns)
+    with torch.autocast(device.type, enabled=False):
+        return _paste_windows(probabilities_of, windows, *spans, rows, columns, threshold)
+
+
+def _resize_matrices(
+    mask_size: tuple[int, int],
+    stride: int,
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    *,
+    mirrored: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """(height, Hm) and (width, Wm): what brings a mask to the output, from the left and, transposed, from the right."""
+    rows, columns = (_resize_matrix(mask_size[i], stride, image_size[i], output_size[i]).to(device) for i in (0, 1))
+    return rows, columns.flip(0) if mirrored else columns
+
+
+def _windows(boxes_xyxy: Tensor, clip: str) -> Tensor:
+    """(D, 4) whole x1, y1, x2, y2 of the output pixels that a mask may have, the ends excluded."""
+    if clip not in ("truncated", "covering"):
+        raise ValueError(f"clip must be 'truncated' or 'covering', got {clip!r}")
+    ends = boxes_xyxy[:, 2:].floor() if clip == "truncated" else boxes_xyxy[:, 2:].ceil()
+    return torch.cat([boxes_xyxy[:, :2].floor(), ends], dim=1)
 
 
 def _paste_whole(masks: Tensor, windows: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
@@ -114,20 +177,28 @@ def _paste_whole(masks: Tensor, windows: Tensor, rows: Tensor, columns: Tensor, 
     return pasted.transpose(1, 2)
 
 
-def _paste_windows(masks: Tensor, windows: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
-    """Mask by mask, only what lies in the window: on the CPU the loop is cheap and most of an image is not."""
-    pasted = masks.new_zeros(len(masks), len(columns), len(rows), dtype=torch.bool)
-    row_spans, column_spans = _source_spans(rows), _source_spans(columns)
-    for canvas, mask, (x1, y1, x2, y2) in zip(pasted, masks, windows.long().tolist()):
+def _paste_windows(
+    probabilities_of: ProbabilitiesOf,
+    windows: Sequence[Sequence[int]],
+    row_spans: Spans,
+    column_spans: Spans,
+    rows: Tensor,
+    columns: Tensor,
+    threshold: float,
+) -> Tensor:
+    """Mask by mask, only what lies in the window."""
+    pasted = torch.zeros(len(windows), len(columns), len(rows), dtype=torch.bool, device=rows.device)
+    for i, (x1, y1, x2, y2) in enumerate(windows):
         if x1 >= x2 or y1 >= y2:
             continue
         source_y, source_x = _source(row_spans, y1, y2), _source(column_spans, x1, x2)
-        window = columns[x1:x2, source_x] @ (mask[source_y, source_x].T @ rows[y1:y2, source_y].T)
-        torch.gt(window, threshold, out=canvas[x1:x2, y1:y2])
+        probabilities = probabilities_of(i, source_y, source_x)
+        window = columns[x1:x2, source_x] @ (probabilities.T @ rows[y1:y2, source_y].T)
+        torch.gt(window, threshold, out=pasted[i, x1:x2, y1:y2])
     return pasted.transpose(1, 2)
 
 
-def _source_spans(matrix: Tensor) -> tuple[list[int], list[int]]:
+def _source_spans(matrix: Tensor) -> Spans:
     """First and last input pixel with a weight, for each output pixel."""
     has_weight = (matrix > 0).int()
     first = has_weight.argmax(dim=1)
@@ -135,7 +206,7 @@ def _source_spans(matrix: Tensor) -> tuple[list[int], list[int]]:
     return first.tolist(), last.tolist()
 
 
-def _source(spans: tuple[list[int], list[int]], start: int, end: int) -> slice:
+def _source(spans: Spans, start: int, end: int) -> slice:
     """Input pixels that the output pixels start..end-1 are made from; both rise along an axis, or both fall."""
     first, last = spans
     return slice(min(first[start], first[end - 1]), max(last[start], last[end - 1]) + 1)

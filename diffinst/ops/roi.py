@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from diffinst.ops.boxes import box_area
+from diffinst.ops.paths import note_path
 
 BoxPooling = Literal["auto", "roi_align", "bags"]
 
@@ -71,6 +72,19 @@ def pixel_table(pyramid: Sequence[Tensor], method: BoxPooling = "auto") -> Tenso
     return table.to(torch.promote_types(table.dtype, torch.float32))  # half-precision weights would shift samples
 
 
+def levels_of_table(table: Tensor, pyramid: Sequence[Tensor]) -> list[Tensor]:
+    """The pyramid once more, in the memory of its `pixel_table` (channels innermost): the maps themselves can go.
+
+    Args:
+        pyramid: levels (B, C, H/stride, W/stride), which the table was made of; returned where their type is another.
+    """
+    if table.dtype != pyramid[0].dtype:
+        return list(pyramid)
+    sizes = [(len(level), *level.shape[2:]) for level in pyramid]
+    parts = table.split([batch * height * width for batch, height, width in sizes])
+    return [part.unflatten(0, size).permute(0, 3, 1, 2) for part, size in zip(parts, sizes)]
+
+
 def lay_out(pyramid: Sequence[Tensor], method: BoxPooling = "auto") -> list[Tensor]:
     """The pyramid as `method` reads it: torchvision's operator would copy what has the channels innermost at each call.
 
@@ -112,7 +126,9 @@ def pool_boxes(
     image_index = torch.arange(batch_size, device=boxes_xyxy.device).repeat_interleave(
         num_boxes, output_size=batch_size * num_boxes
     )
-    if _is_by_level(pyramid, method):
+    by_level = _is_by_level(pyramid, method)
+    note_path("box_pooling", "roi_align" if by_level else "bags")
+    if by_level:
         pool = _pool_levels_apart if boxes_xyxy.device.type == "cpu" else _pool_by_level
         return pool(pyramid, strides, boxes_xyxy, levels, image_index, resolution, sampling_ratio)
     if table is None:

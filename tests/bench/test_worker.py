@@ -137,6 +137,10 @@ def test_conditions_are_noted_at_start_and_end_of_each_node(found: list[RunRecor
             assert seen["matmul_dtypes"] == ["float32"]
             assert seen["level"] == "bitwise", seen
         assert "determinism" not in conditions["latency"]
+        with_masks = {"masks": ["whole"]} if record.axes["mask"] == "dynamic" else {}
+        for kind in ("predict", "latency"):
+            # Small layers are left to torch.
+            assert conditions[kind]["paths"] == {"box_pooling": ["bags"], "linear": ["torch"], **with_masks}
         assert record.environment_id is not None
     assert len({record.environment_id for record in found}) == 1
 

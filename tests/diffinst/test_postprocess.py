@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from torchvision.ops import nms
 
 from diffinst.config import RELEASED, SamplerConfig
 from diffinst.diffusion.sampler import StepPrediction
-from diffinst.heads.mask_head import apply_mask_head
+from diffinst.heads.mask_head import apply_mask_head, num_mask_params
+from diffinst.ops.paths import forget_paths, paths_taken
+from diffinst.ops.rle import encode_masks
 from diffinst.postprocess import finish, select_candidates
 from diffinst.structures import Candidates
 
@@ -211,6 +215,53 @@ def test_masks_in_chunks(monkeypatch):
     chunked = finish_some(candidates)
     assert torch.equal(chunked.masks, at_once.masks)
     assert chunked.masks.transpose(1, 2).is_contiguous()
+
+
+def _random_masks(count=9):
+    """Boxes here and there in an image of 300 x 260, and filters of a real mask head for features of 16 channels."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(count, 2, 2, generator=generator) * 39
+    candidates = some_candidates(torch.cat([corners.amin(1), corners.amax(1)], dim=1).tolist())
+    candidates.mask_params = torch.randn(count, num_mask_params(8, (8, 8)), generator=generator)
+    features = torch.randn(8, 12, 10, generator=generator)
+    return candidates, {"mask_features": features, "mask_head": apply_mask_head, "original_size": (300, 260)}
+
+
+def test_a_mask_is_computed_under_its_box_alone(monkeypatch):
+    candidates, arguments = _random_masks()
+    seen = []
+
+    def mask_head(mask_features, mask_params):
+        seen.append(mask_features[0].numel() * len(mask_params))
+        return apply_mask_head(mask_features, mask_params)
+
+    forget_paths()
+    found = finish_some(candidates, **arguments | {"mask_head": mask_head})
+    assert paths_taken() == {"masks": ["under_their_boxes"]}
+    assert len(seen) == len(found)
+    assert sum(seen) < len(found) * 120 / 2
+    monkeypatch.setattr("diffinst.ops.masks._PASTE_WHOLE_UP_TO_PIXELS", math.inf)
+    whole = finish_some(candidates, **arguments)
+    assert paths_taken() == {"masks": ["under_their_boxes", "whole"]}
+    assert (found.masks != whole.masks).sum() <= 2  # values that rounding moves over the threshold
+    assert 0.02 < whole.masks.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("max_pixels", [1, 2 * 300 * 260, 10**9])
+def test_masks_encoded_as_they_come(monkeypatch, max_pixels):
+    candidates, arguments = _random_masks()
+    monkeypatch.setattr("diffinst.postprocess._MAX_UNENCODED_PIXELS", max_pixels)
+    bitmaps = finish_some(candidates, **arguments)
+    encoded = finish_some(candidates, mask_form="rle", **arguments)
+    assert encoded.masks is None
+    assert bitmaps.encodings is None
+    assert encoded.encodings == encode_masks(bitmaps.masks)
+    assert len(encoded.encodings) == len(encoded) > 5
+
+
+def test_no_masks_to_encode():
+    assert finish_some(some_candidates([]), mask_form="rle").encodings == []
+    assert finish_some(some_candidates([[0, 0, 9, 9]], with_masks=False), mask_form="rle").encodings is None
 
 
 @pytest.mark.parametrize("max_detections", [None, 5])

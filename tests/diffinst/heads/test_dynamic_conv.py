@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import load_fixture
 from released_tiny_model import released_tiny_model
@@ -34,9 +35,27 @@ def test_equals_the_slow_twin() -> None:
     assert_close(conv(proposal_features, roi_features), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("elements", [1, 100, 10**6])
+def test_parts_of_the_proposals_give_the_same(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    torch.manual_seed(0)
+    conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
+    proposal_features, roi_features = torch.randn(7, 6), torch.randn(7, 6, 2, 2)
+    expected = conv(proposal_features, roi_features)  # at once: gradients are on
+    monkeypatch.setattr("diffinst.heads.dynamic_conv._FILTER_ELEMENTS_CPU", elements)
+    for name in ("_PACK_FROM_ROWS", "_PACK_FROM_WEIGHTS"):
+        monkeypatch.setattr(f"diffinst.ops.linear.{name}", 0)
+    generated = []
+    conv._interact = lambda *arguments: generated.append(len(arguments[0])) or type(conv)._interact(conv, *arguments)  # type: ignore[method-assign, func-returns-value]
+    with torch.inference_mode():
+        assert_close(conv(proposal_features, roi_features), expected, rtol=1e-5, atol=1e-6)
+    assert generated == {1: [1] * 7, 100: [3, 2, 2], 10**6: [7]}[elements]
+
+
 def test_no_proposals() -> None:
     conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
     assert conv(torch.zeros(0, 6), torch.zeros(0, 6, 2, 2)).shape == (0, 6)
+    with torch.inference_mode():
+        assert conv(torch.zeros(0, 6), torch.zeros(0, 6, 2, 2)).shape == (0, 6)
 
 
 def test_stage_0_parity() -> None:

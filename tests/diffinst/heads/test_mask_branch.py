@@ -65,3 +65,26 @@ def test_group_norm_does_not_look_at_the_batch() -> None:
     together = branch(pyramid)
     for image in range(3):
         assert_close(branch([level[image, None] for level in pyramid])[0], together[image], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_norm_in_inference_is_part_of_the_convolution() -> None:
+    torch.manual_seed(0)
+    branch = MaskBranch(in_channels=4, channels=6, num_layers=2)
+    for norm in (module for module in branch.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    pyramid = [torch.randn(2, 4, 16 // 2**level, 24 // 2**level) for level in range(4)]
+    expected = branch.eval()(pyramid)  # with gradients each norm is a step of its own
+    with torch.inference_mode():
+        assert_close(branch(pyramid), expected, rtol=1e-5, atol=1e-6)
+        calls = []
+        for norm in (module for module in branch.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.register_forward_hook(lambda *_: calls.append(1))
+        branch(pyramid)
+        assert not calls
+        before = branch.refine[0][1].running_mean.clone()
+        branch.train()(pyramid)
+        assert len(calls) == 5
+        assert not torch.equal(branch.refine[0][1].running_mean, before)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from diffinst.ops import masks as masks_module
 from diffinst.ops.boxes import clip_boxes, has_area, scale_boxes
-from diffinst.ops.masks import aligned_bilinear, paste_masks, subsample_masks
+from diffinst.ops.masks import aligned_bilinear, paste_masks, paste_windows, subsample_masks
 
 
 @pytest.fixture(params=["whole", "windows"])
@@ -207,3 +207,27 @@ def test_masks_of_a_mirrored_image_are_mirrored_back(output_size, clip):
     ones = torch.ones(1, 8, 12)
     columns = paste_masks(ones, between, mirrored=True, **options)[0].any(dim=0).nonzero().flatten()
     assert (columns[0], columns[-1] + 1) == ((2, 20) if clip == "truncated" else (2, 21))
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("output_size", [(61, 87), (30, 44), (200, 150)])
+def test_what_is_computed_under_the_boxes_alone_gives_the_same(monkeypatch, output_size, mirrored):
+    monkeypatch.setattr(masks_module, "_PASTE_WHOLE_UP_TO_PIXELS", -1)
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(12, 16, 24, generator=generator)
+    corners = torch.rand(12, 2, 2, generator=generator) * torch.tensor([output_size[1], output_size[0]])
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+    boxes[1] = torch.tensor([3.0, 4.0, 3.0, 4.0])  # nothing
+    options = {"stride": 4, "image_size": (61, 87), "output_size": output_size, "threshold": 0.5, "clip": "covering"}
+    asked = []
+
+    def probabilities_of(i, rows, columns):
+        asked.append((i, probabilities[i, rows, columns].numel()))
+        return probabilities[i, rows, columns]
+
+    found = paste_windows(probabilities_of, boxes, mask_size=(16, 24), mirrored=mirrored, **options)
+    assert torch.equal(found, paste_masks(probabilities, boxes, mirrored=mirrored, **options))
+    assert [i for i, _ in asked] == [0, *range(2, 12)]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / (output_size[0] * output_size[1])
+    smallest = min(range(len(asked)), key=lambda position: areas[asked[position][0]])
+    assert asked[smallest][1] < 16 * 24 / 4

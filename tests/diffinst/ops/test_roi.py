@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from diffinst.ops import roi
-from diffinst.ops.roi import assign_levels, pixel_table, pool_boxes
+from diffinst.ops.roi import assign_levels, levels_of_table, pixel_table, pool_boxes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -65,6 +65,18 @@ def test_one_table_serves_all_calls(method):
         assert_close(table[2 * 16 * 24 + 12], pyramid[1][0, :, 1, 0])  # second level, first image, second row of 12
     alone = pool_boxes(pyramid, STRIDES, boxes, method=method)
     assert torch.equal(pool_boxes(pyramid, STRIDES, boxes, method=method, table=table), alone)
+
+
+def test_the_pyramid_again_in_the_memory_of_its_table():
+    pyramid = make_pyramid()
+    table = pixel_table(pyramid, "bags")
+    levels = levels_of_table(table, pyramid)
+    assert all(torch.equal(level, expected) for level, expected in zip(levels, pyramid, strict=True))
+    assert {level.untyped_storage().data_ptr() for level in levels} == {table.untyped_storage().data_ptr()}
+    assert all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
+    half = make_pyramid(dtype=torch.bfloat16)
+    kept = levels_of_table(pixel_table(half, "bags"), half)
+    assert all(level is expected for level, expected in zip(kept, half, strict=True))
 
 
 def test_levels_by_hand():
