@@ -1,7 +1,8 @@
 """diffbench: tables, plots, data frames and verdicts out of stored records. Needs neither the model nor the data.
 
 Exit codes: 0 all is well; 1 `verify` found something that is not as it should be; 2 something the user can put right;
-70 an error that nobody foresaw, or output that nobody took. Those of compare and race are in `bench.compare`.
+70 an error that nobody foresaw, or output that nobody took. Those of compare and race are in `bench.compare`, those of
+agree in `bench.agree_cli`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bench import unexpected
+from bench.agree_cli import agree_command
 from bench.compare_cli import calibrate_command, compare_command
 from bench.errors import BenchError, RecordError, SuiteError
 from bench.explain_cli import explain_command
@@ -53,6 +55,7 @@ app.command("explain")(explain_command)
 app.command("pack")(pack_command)
 app.command("verify-pack")(verify_pack_command)
 app.command("race")(race_command)
+app.command("agree")(agree_command)
 app.command("report")(report_command)
 app.command("import-config")(import_config_command)
 app.command("export-config")(export_config_command)

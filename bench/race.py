@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench.engines import EngineConfig
-from bench.errors import BenchError, RecordError
+from bench.errors import BenchError
 from bench.measure.disturbances import Disturbance, mark_samples
 from bench.measure.environment import SOURCE_ROOT, WORKER_VARIABLES, machine_environment
 from bench.record import RunRecord, dump_json, dump_record, load_record, metric, scrub
 from bench.server import die_with
 from bench.stats.latency import quantile
-from bench.store import Store, now_text
+from bench.store import Store, find_record, now_text
 
 SIDES = ("base", "head")
 VERSION = 1
@@ -79,14 +79,7 @@ def find_side(name: str, text: str, results: Path, **settings: Any) -> Side:
     Raises:
         RecordError: no such record, or several. BenchError: it cannot be timed, and why.
     """
-    path = Path(text)
-    if not path.is_file():
-        found = sorted(results.glob(f"[!.]*/[!.]*/{text}*.json")) if text.isalnum() else []
-        if len(found) != 1:
-            what = "no record" if not found else f"{len(found)} records, of which one is to be named by its path"
-            raise RecordError(f"{name.upper()} {text}: {what}. Give a record's file, or its run id and --results DIR")
-        path = found[0]
-    path = path.resolve()
+    path = find_record(name, text, results)
     record = load_record(path)
     store = Store(path.parents[2])
     if record.status != "ok":

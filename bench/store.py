@@ -180,6 +180,24 @@ def check_inside(root: Path, path: Path) -> None:
         )
 
 
+def find_record(name: str, text: str, results: Path) -> Path:
+    """The record that a file, or a run id (or its beginning) in a results folder, stands for.
+
+    Args:
+        name: of what is looked for, for the error.
+    Raises:
+        RecordError: no such record, or several.
+    """
+    path = Path(text)
+    if not path.is_file():
+        found = sorted(results.glob(f"[!.]*/[!.]*/{text}*.json")) if text.isalnum() else []
+        if len(found) != 1:
+            what = "no record" if not found else f"{len(found)} records, of which one is to be named by its path"
+            raise RecordError(f"{name.upper()} {text}: {what}. Give a record's file, or its run id and --results DIR")
+        path = found[0]
+    return path.resolve()
+
+
 class Store:
     """The results folder `root`. Reading needs no lock and creates nothing; writing goes under `lock()`."""
 

@@ -37,12 +37,11 @@ from diffinst.data.coco import CocoDataset, open_dataset
 from diffinst.engine.evaluate import write_predictions
 from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, diffusion_losses, train
 from diffinst.errors import ConfigError, DataError
-from diffinst.evaluation.predictions import iter_predictions
+from diffinst.evaluation.predictions import PREDICTIONS_FOLDER, iter_predictions
 from diffinst.model import DiffusionInst
 from diffinst.ops.paths import forget_paths, paths_taken
 from diffinst.structures import Detections, Sample
 
-PREDICTIONS_FOLDER = "predictions"
 _NOT_WATCHED = "computed by an engine in an interpreter of its own"
 _MAX_LOADED_IMAGES = 64  # decoded before timing begins; more would cost memory and add nothing
 

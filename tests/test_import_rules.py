@@ -100,8 +100,8 @@ MODEL_BRIDGE = (
 )
 
 # Reports look at predictions beside ground truth: what reads both, and loads no torch.
-EVIDENCE = ("bench.report.evidence",)
-READERS = {"diffinst.data", "diffinst.evaluation"}
+EVIDENCE = ("bench.report.evidence", "bench.agreement")
+READERS = {"diffinst.data", "diffinst.evaluation", "diffinst.ops"}
 
 
 def _modules(package: str) -> list[str]:

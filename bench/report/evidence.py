@@ -37,10 +37,9 @@ from diffinst.data.lvis import LvisAnnotations, read_lvis
 from diffinst.errors import DataError, DiffInstError
 from diffinst.evaluation.coco_ap import ground_truth
 from diffinst.evaluation.matches import MatchTable, build_matches, match_greedily
-from diffinst.evaluation.predictions import iter_predictions, to_coco_results
+from diffinst.evaluation.predictions import PREDICTIONS_FOLDER, iter_predictions, to_coco_results
 
 LOSSES_NAME = "losses.jsonl"
-PREDICTIONS_FOLDER = "predictions"
 _MAX_DETECTIONS = {"coco": 100, "lvis": 300}  # an image and class; an image
 _LVIS_DETECTIONS = 300
 _MAX_NAMED = 5

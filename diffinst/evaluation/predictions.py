@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # scoring what is stored needs no torch
 
 Record = dict[str, Any]
 
+PREDICTIONS_FOLDER = "predictions"  # of the shards, in the folder of whoever predicts
 _PATTERN = "predictions-[0-9][0-9][0-9][0-9][0-9].jsonl"
 _KEYS = {"image_id", "category_id", "score", "bbox", "segmentation"}
 

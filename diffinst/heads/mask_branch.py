@@ -36,7 +36,9 @@ class _ConvNorm(nn.Sequential):
         if not isinstance(norm, nn.BatchNorm2d) or norm.training or torch.is_grad_enabled():
             mapped: Tensor = super().forward(x)
             return mapped
-        assert isinstance(conv, nn.Conv2d) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(conv, nn.Conv2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         weight, bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
