@@ -137,6 +137,9 @@ class SamplerConfig(Section):
     mask_clip: Literal["truncated", "covering"] = Field(
         default="covering", description="masks end at the box: corners truncated (release), or every pixel it touches"
     )
+    inference_precision: Literal["fp32", "bf16"] = added(
+        "fp32", description="bf16: backbone and head under autocast; boxes, scores and masks stay float32"
+    )
     use_ema: bool = added(False, description="the moving average of the weights, which train.ema_decay keeps")
     tta: bool = added(False, description="test-time augmentation: all of tta_*; false: the test size alone")
     tta_shortest_edges: IntTuple = added((400, 500, 600, 640, 700, 900, 1000, 1100, 1200, 1300, 1400, 1800, 800))

@@ -12,6 +12,7 @@ from diffinst.config import SamplerConfig
 from diffinst.diffusion.noise import noise_for
 from diffinst.diffusion.sampler import sample
 from diffinst.model import DiffusionInst
+from diffinst.ops.paths import note_path
 from diffinst.postprocess import MaskForm, finish, select_candidates
 from diffinst.structures import Candidates, Detections, Features, ImageBatch
 
@@ -85,18 +86,24 @@ def find_candidates(
     if model.training:
         raise ValueError("detection needs a model in evaluation mode: call model.eval() first")
     _check_padding(batch, model.backbone.size_divisor)
-    with timer("backbone"):
-        features = model.encode(batch.images)
-    with timer("head"):
-        steps = sample(
-            lambda boxes_xyxy, t: model.denoise(features, boxes_xyxy, t),
-            whwh=batch.whwh,
-            schedule=model.schedule,
-            settings=settings,
-            snr_scale=model.snr_scale,
-            noise=batch_noise(batch.image_ids, settings, batch.images.device, view=view),
-        )
-        return features, select_candidates(steps, settings)
+    is_bf16 = settings.inference_precision == "bf16"
+    note_path("precision", settings.inference_precision)
+    with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        with timer("backbone"):
+            features = model.encode(batch.images)
+        with timer("head"):
+            steps = sample(
+                lambda boxes_xyxy, t: model.denoise(features, boxes_xyxy, t),
+                whwh=batch.whwh,
+                schedule=model.schedule,
+                settings=settings,
+                snr_scale=model.snr_scale,
+                noise=batch_noise(batch.image_ids, settings, batch.images.device, view=view),
+            )
+            candidates = select_candidates(steps, settings)
+    if features.mask_features is not None:
+        features.mask_features = features.mask_features.float()
+    return features, candidates
 
 
 def _check_padding(batch: ImageBatch, divisor: int) -> None:

@@ -140,7 +140,12 @@ def test_conditions_are_noted_at_start_and_end_of_each_node(found: list[RunRecor
         with_masks = {"masks": ["whole"]} if record.axes["mask"] == "dynamic" else {}
         for kind in ("predict", "latency"):
             # Small layers are left to torch.
-            assert conditions[kind]["paths"] == {"box_pooling": ["bags"], "linear": ["torch"], **with_masks}
+            assert conditions[kind]["paths"] == {
+                "box_pooling": ["bags"],
+                "linear": ["torch"],
+                "precision": ["fp32"],
+                **with_masks,
+            }
         assert record.environment_id is not None
     assert len({record.environment_id for record in found}) == 1
 

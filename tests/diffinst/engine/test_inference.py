@@ -8,6 +8,8 @@ from torch.testing import assert_close
 from diffinst.build import seeded_model
 from diffinst.config import RELEASED, ModelConfig, SamplerConfig
 from diffinst.engine.inference import SCOPES, batch_noise, detect
+from diffinst.ops.paths import forget_paths, paths_taken
+from diffinst.ops.rle import encode_masks
 from diffinst.structures import Sample
 
 SMALL = {
@@ -187,3 +189,29 @@ def test_gpu_equals_cpu(model):
     found = detect_ids(make_model().cuda(), [7, 42], settings)
     for image_id, detections in found.items():
         assert_same_detections(detections.to("cpu"), expected[image_id])
+
+
+def test_bf16_computes_otherwise_and_gives_float32(model):
+    forget_paths()
+    batch = model.make_batch(make_samples([139]))
+    settings = SamplerConfig(num_proposals=20, max_detections=None, nms_iou_threshold=None)
+    (full,) = detect(model, batch, settings)
+    assert paths_taken()["precision"] == ["fp32"]
+    products = []
+    model.box_head.stages[0].dynamic_conv.out.register_forward_hook(lambda _, __, out: products.append(out.dtype))
+    (half,) = detect(model, batch, settings.model_copy(update={"inference_precision": "bf16"}))
+    assert paths_taken()["precision"] == ["bf16", "fp32"]
+    assert products == [torch.bfloat16]
+    assert {half.boxes_xyxy.dtype, half.scores.dtype} == {torch.float32}
+    assert min(len(half), len(full)) > 3  # which boxes of an untrained network are empty is a matter of rounding
+    assert half.scores[0] != full.scores[0]
+    assert_close(half.scores[0], full.scores[0], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("mask_form", ["bitmaps", "rle"])
+def test_the_form_of_masks(model, mask_form):
+    batch = model.make_batch(make_samples([139, 42]))
+    settings = SamplerConfig(num_proposals=20)
+    for found, expected in zip(detect(model, batch, settings, mask_form=mask_form), detect(model, batch, settings)):
+        assert (found.masks is None) == (mask_form == "rle")
+        assert (found.encodings or encode_masks(found.masks)) == encode_masks(expected.masks)
