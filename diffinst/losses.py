@@ -8,17 +8,24 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffinst.federated import FederatedDraws, choose_classes
-from diffinst.matching import PaddedTargets, match, pad_targets
+from diffinst.matching import Claims, PaddedTargets, claim, pad_targets, repair
 from diffinst.ops.boxes import paired_giou
 from diffinst.ops.masks import subsample_masks
 from diffinst.structures import HeadOutput, Target
 
 # Keeps the dice ratio finite for an empty mask; part of the loss's definition.
 _DICE_EPS = 1e-5
-# (mask_features (B, C, H, W), mask_params (P, F), image_index (P,)) -> (P, H, W) logits; `DiffusionInst.mask_logits`.
-MaskHead = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Mask logits of an image's pairs that are alive at once; their hidden activations are some 16 times as many. What has
+# more pixels is cut into bands, each computed again in the backward: on a CPU a band stays in the cache, on a GPU it
+# fills the device.
+_BAND_ELEMENTS_CPU = 2**17
+_BAND_ELEMENTS_GPU = 2**24
+# (mask_features (1, C, h, W) of some rows of one image, mask_params (P, F)) -> (P, h, W) logits, each pixel by itself;
+# `DiffusionInst.mask_logits`.
+MaskHead = Callable[[Tensor, Tensor], Tensor]
 
 
 class LossTargets(NamedTuple):
@@ -91,7 +98,9 @@ def compute_losses(
     "loss_ce" sigmoid focal loss (arXiv:1708.02002) or cross-entropy of all proposals and classes, or of the classes
     that `diffinst.federated.choose_classes` takes, and over the matched proposals
     "loss_bbox" L1 of boxes in units of the image, "loss_giou" 1 - GIoU, "loss_masks" 1 - dice of the mask probabilities
-    at the stride of the mask features. The dynamic mask head runs on the matched proposals only, once for all stages.
+    at the stride of the mask features. The dynamic mask head runs on the matched proposals only, once for all stages,
+    and of its maps none is kept whole. The host waits for the device once, and again only where instances that are left
+    without a proposal have to be helped.
 
     Args:
         output: predictions of all stages; without `mask_params` there is no mask loss.
@@ -110,12 +119,11 @@ def compute_losses(
     """
     num_stages = len(output.class_logits)
     with torch.autocast(output.boxes_xyxy.device.type, enabled=False):
-        matched_gt = match(
+        claims = claim(
             output.class_logits,
             output.boxes_xyxy,
             targets.padded,
             whwh,
-            method=matcher,
             class_loss=class_loss,
             ota_k=ota_k,
             class_weight=class_weight,
@@ -124,8 +132,11 @@ def compute_losses(
             focal_alpha=focal_alpha,
             focal_gamma=focal_gamma,
         )
-        # (S, B, N) -> the P matched pairs, image by image; the one place where the host waits for the device.
-        image, stage, proposal = (matched_gt >= 0).transpose(0, 1).nonzero(as_tuple=True)
+        matched_gt, num_pairs = _settle(claims, matcher)
+        # (S, B, N) -> the P matched pairs, image by image
+        is_matched = (matched_gt >= 0).transpose(0, 1)
+        chosen = is_matched.flatten().argsort(descending=True, stable=True)[: sum(num_pairs)]
+        image, stage, proposal = torch.unravel_index(chosen, is_matched.shape)
         instance = matched_gt[stage, image, proposal]
         by_stage = stage == torch.arange(num_stages, device=stage.device)[:, None]  # (S, P) bool
         num_matched = by_stage.sum(1).clamp(min=1)
@@ -150,9 +161,13 @@ def compute_losses(
                 per_pair["loss_masks"] = 0 * per_pair["loss_bbox"]
             else:
                 filters = output.mask_params[stage, image, proposal].float()
-                logits = mask_head(mask_features.float(), filters, image)
-                per_pair["loss_masks"] = mask_weight * _dice_loss(
-                    logits, targets.masks[targets.first[image] + instance]
+                per_pair["loss_masks"] = mask_weight * _dice_losses(
+                    mask_head,
+                    mask_features.float(),
+                    filters,
+                    targets.masks,
+                    targets.first[image] + instance,
+                    num_pairs,
                 )
         # A masked sum adds in a fixed order, unlike index_add on a GPU.
         sums = {name: torch.where(by_stage, loss, 0).sum(1) for name, loss in per_pair.items()}
@@ -163,6 +178,19 @@ def compute_losses(
             losses[name] = last
             losses |= {f"{name}_{number}": loss for number, loss in enumerate(earlier)}
     return losses
+
+
+def _settle(claims: Claims, matcher: Literal["released", "fixed"]) -> tuple[Tensor, list[int]]:
+    """(S, B, N) matched instance or -1, and how many pairs each image has: what the host has to wait for."""
+    matched_gt = claims.matched_gt()
+    if not claims.claims.numel():
+        return matched_gt, [0] * matched_gt.shape[1]
+    num_needy = claims.needy().sum().unsqueeze(0)
+    num_needy, *num_pairs = torch.cat([num_needy, (matched_gt >= 0).sum((0, 2))]).tolist()
+    if num_needy:
+        matched_gt = repair(claims, matcher).matched_gt()
+        num_pairs = (matched_gt >= 0).sum((0, 2)).tolist()
+    return matched_gt, num_pairs
 
 
 def _labels_of(matched_gt: Tensor, labels: Tensor, background: int) -> Tensor:
@@ -185,8 +213,42 @@ def _class_loss(class_logits: Tensor, labels: Tensor, focal: tuple[float, float]
     return weight * wrong.sigmoid() ** gamma * F.softplus(wrong)
 
 
-def _dice_loss(mask_logits: Tensor, masks: Tensor) -> Tensor:
-    """(P, H, W) logits and bool masks -> (P,) one minus dice with squared terms (V-Net, arXiv:1606.04797)."""
-    probability, wanted = mask_logits.flatten(1).sigmoid(), masks.flatten(1)
-    overlap = torch.where(wanted, probability, 0).sum(1)
-    return 1 - 2 * overlap / (probability.square().sum(1) + wanted.sum(1) + _DICE_EPS)
+def _dice_losses(
+    mask_head: MaskHead, mask_features: Tensor, filters: Tensor, masks: Tensor, mask_of: Tensor, num_pairs: list[int]
+) -> Tensor:
+    """One minus dice with squared terms (V-Net, arXiv:1606.04797) of each pair.
+
+    Args:
+        mask_features: (B, C, H, W). filters: (P, F), image by image. masks: (sum of M, H, W) bool. mask_of: (P,) the
+            one that each pair has to predict. num_pairs: of each image.
+    Returns:
+        (P,) in [0, 1].
+    """
+    sums = [
+        _mask_sums(mask_head, features, part, masks[wanted])
+        for features, part, wanted in zip(
+            mask_features.split(1), filters.split(num_pairs), mask_of.split(num_pairs), strict=True
+        )
+    ]
+    overlap, squares = torch.cat(sums, dim=1)
+    return 1 - 2 * overlap / (squares + masks.flatten(1).sum(1)[mask_of] + _DICE_EPS)
+
+
+def _mask_sums(mask_head: MaskHead, mask_features: Tensor, filters: Tensor, masks: Tensor) -> Tensor:
+    """(1, C, H, W) features, (P, F) filters, (P, H, W) bool masks -> (2, P) sums over the pixels, see `_band_sums`."""
+    height, width = mask_features.shape[-2:]
+    limit = _BAND_ELEMENTS_GPU if mask_features.is_cuda else _BAND_ELEMENTS_CPU
+    rows = max(limit // max(len(filters) * width, 1), 1)
+    if rows >= height or not len(filters):
+        return _band_sums(mask_head, mask_features, filters, masks)
+    bands = [
+        checkpoint(_band_sums, mask_head, features, filters, wanted, use_reentrant=False, preserve_rng_state=False)
+        for features, wanted in zip(mask_features.split(rows, dim=2), masks.split(rows, dim=1), strict=True)
+    ]
+    return torch.stack(bands).sum(0)
+
+
+def _band_sums(mask_head: MaskHead, mask_features: Tensor, filters: Tensor, masks: Tensor) -> Tensor:
+    """The probability of each pair's mask summed over the pixels of the mask to predict, and its square over all."""
+    probability = mask_head(mask_features, filters).flatten(1).sigmoid()
+    return torch.stack([torch.where(masks.flatten(1), probability, 0).sum(1), probability.square().sum(1)])

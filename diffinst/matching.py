@@ -1,7 +1,8 @@
 """Which proposal learns which instance: dynamic-k matching by cost ("simOTA", arXiv:2107.08430, section 2.1).
 
-Everything is batched over stages and images with padded instances; the only synchronisations with the host are one per
-round of the repair, whatever the number of images, stages and instances.
+Everything is batched over stages and images with padded instances. Claims are made without waiting for the device; the
+repair waits once a round, whatever the number of images, stages and instances, and who knows that no instance is left
+without a proposal (`Claims.needy`) need not call it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,31 @@ def pad_targets(targets: Sequence[Target]) -> PaddedTargets:
     )
 
 
-@torch.no_grad()
+class Claims(NamedTuple):
+    """The proposals of each instance, stages and images side by side (L of them), each proposal with at most one claim.
+
+    claims: (L, G, N) bool. cost: (L, G, N) float32. is_valid: (L, G) bool, False where padded. was_contested: (L, N)
+    bool, proposals that several instances claimed before the cheapest got them. lead: (..., B, N), of the result.
+    """
+
+    claims: Tensor
+    cost: Tensor
+    is_valid: Tensor
+    was_contested: Tensor
+    lead: torch.Size
+
+    def needy(self) -> Tensor:
+        """(L, G) bool: instances without a proposal, which a repair would help."""
+        return self.is_valid & ~self.claims.any(2)
+
+    def matched_gt(self) -> Tensor:
+        """(..., B, N) int64 index of the instance within its image, -1 for background."""
+        if not self.claims.numel():
+            return torch.full(self.lead, -1, dtype=torch.int64, device=self.claims.device)
+        # The first instance where the released repair left several on one proposal.
+        return torch.where(self.claims.any(1), self.claims.to(torch.uint8).argmax(1), -1).reshape(self.lead)
+
+
 def match(
     class_logits: Tensor,
     boxes_xyxy: Tensor,
@@ -70,16 +95,46 @@ def match(
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
 ) -> Tensor:
-    """Give each proposal the instance it has to predict, or none.
+    """Give each proposal the instance it has to predict, or none; see `claim` for the arguments and `repair`.
+
+    Returns:
+        (..., B, N) int64 index of the instance within its image, -1 for background.
+    """
+    claims = claim(
+        class_logits,
+        boxes_xyxy,
+        targets,
+        whwh,
+        class_loss=class_loss,
+        ota_k=ota_k,
+        class_weight=class_weight,
+        l1_weight=l1_weight,
+        giou_weight=giou_weight,
+        focal_alpha=focal_alpha,
+        focal_gamma=focal_gamma,
+    )
+    return repair(claims, method).matched_gt()
+
+
+@torch.no_grad()
+def claim(
+    class_logits: Tensor,
+    boxes_xyxy: Tensor,
+    targets: PaddedTargets,
+    whwh: Tensor,
+    *,
+    class_loss: Literal["focal", "bce"] = "focal",
+    ota_k: int = 5,
+    class_weight: float = 2.0,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    focal_alpha: float = 0.25,
+    focal_gamma: float = 2.0,
+) -> Claims:
+    """What each instance claims by cost; some may be left without a proposal. Does not wait for the device.
 
     An instance claims its k cheapest proposals; k is the whole part of the sum of its `ota_k` largest IoUs, at least 1.
-    A proposal claimed by several goes to the cheapest of all. Instances left without a proposal are then repaired:
-
-    - 'fixed': in rounds, each takes its cheapest free proposal; where an image has none free, the cheapest of those
-      that are not the best one of the instance holding them. Several on one proposal: the cheapest instance gets it.
-      A round helps at least one instance, so it ends, and min(M, N) instances of every image have a proposal.
-    - 'released': the conflict test inside the loop uses the claims from before it, so instances may be lost or the loop
-      may not end; here it ends after `RELEASED_MAX_ROUNDS` rounds with a `MatcherWarning`.
+    A proposal claimed by several goes to the cheapest of all.
 
     Args:
         class_logits: (..., B, N, K) with any leading dimensions, usually the stages.
@@ -88,15 +143,12 @@ def match(
         whwh: (B, 4) width, height, width, height of the unpadded images.
         class_loss: the class cost follows the loss: focal, or cross-entropy, which alpha and gamma do not touch.
         ota_k: how many IoUs are summed; fewer when there are fewer proposals (where the release raises).
-    Returns:
-        (..., B, N) int64 index of the instance within its image, -1 for background.
     """
-    if method not in ("released", "fixed"):
-        raise ValueError(f"method must be 'released' or 'fixed', not {method!r}")
     lead = boxes_xyxy.shape[:-1]
     num_proposals, num_instances = lead[-1], targets.labels.shape[1]
     if num_instances == 0 or 0 in lead:
-        return torch.full(lead, -1, dtype=torch.int64, device=boxes_xyxy.device)
+        cost = torch.zeros(0, num_instances, num_proposals, device=boxes_xyxy.device)
+        return Claims(cost.bool(), cost, cost.sum(2).bool(), cost.sum(1).bool(), lead)
     cost, iou = _cost_and_iou(
         class_logits.float(),
         boxes_xyxy.float(),
@@ -108,15 +160,30 @@ def match(
     is_valid = targets.is_valid.expand(cost.shape[:-1]).flatten(0, -2)
     cost, iou = cost.flatten(0, -3), iou.flatten(0, -3)  # (..., B, G, N) -> (L, G, N)
     claims = _dynamic_k_claims(cost, iou, is_valid, min(ota_k, num_proposals))
-    num_claims = claims.sum(1)
-    claims = torch.where((num_claims > 1).unsqueeze(1), _one_hot(cost.argmin(1), num_instances, dim=1), claims)
+    was_contested = claims.sum(1) > 1
+    claims = torch.where(was_contested.unsqueeze(1), _one_hot(cost.argmin(1), num_instances, dim=1), claims)
+    return Claims(claims, cost, is_valid, was_contested, lead)
+
+
+@torch.no_grad()
+def repair(claims: Claims, method: Literal["released", "fixed"] = "fixed") -> Claims:
+    """Give instances without a proposal one. Waits for the device once a round, and at least once.
+
+    - 'fixed': in rounds, each takes its cheapest free proposal; where an image has none free, the cheapest of those
+      that are not the best one of the instance holding them. Several on one proposal: the cheapest instance gets it.
+      A round helps at least one instance, so it ends, and min(M, N) instances of every image have a proposal.
+    - 'released': the conflict test inside the loop uses the claims from before it, so instances may be lost or the loop
+      may not end; here it ends after `RELEASED_MAX_ROUNDS` rounds with a `MatcherWarning`.
+    """
+    if method not in ("released", "fixed"):
+        raise ValueError(f"method must be 'released' or 'fixed', not {method!r}")
+    if not claims.claims.numel():
+        return claims
     if method == "released":
-        claims = _repair_released(claims, cost, is_valid, was_contested=num_claims > 1)
+        repaired = _repair_released(claims.claims, claims.cost, claims.is_valid, was_contested=claims.was_contested)
     else:
-        claims = _repair_fixed(claims, cost, is_valid)
-    # The first instance where the released repair left several on one proposal.
-    matched = torch.where(claims.any(1), claims.to(torch.uint8).argmax(1), -1)
-    return matched.reshape(lead)
+        repaired = _repair_fixed(claims.claims, claims.cost, claims.is_valid)
+    return claims._replace(claims=repaired)
 
 
 def _cost_and_iou(

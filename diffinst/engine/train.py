@@ -360,8 +360,9 @@ def _backward(
     """Leave the clipped gradients of a batch in the model; its losses, detached, and the norm before clipping."""
     # Of ours, only dropout and stochastic depth draw from the global generators.
     torch.manual_seed(generator_for(settings.seed, iteration, "training dropout").initial_seed())
-    losses = loss_function(samples, iteration)
+    # Before the forward, whose activations are most of what a step needs at once.
     model.zero_grad(set_to_none=True)
+    losses = loss_function(samples, iteration)
     torch.stack(list(losses.values())).sum().backward()
     norm = clip_gradients(model.parameters(), settings.clip_gradient_norm)
     return {name: loss.detach() for name, loss in losses.items()}, norm

@@ -77,8 +77,8 @@ def random_targets(generator: torch.Generator, count: int = 8) -> list[Target]:
     return targets
 
 
-def mask_head(features: torch.Tensor, params: torch.Tensor, image_index: torch.Tensor | None = None) -> torch.Tensor:
-    return apply_mask_head(features, params, image_index, channels=CHANNELS)
+def mask_head(features: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    return apply_mask_head(features, params, channels=CHANNELS)
 
 
 @pytest.mark.parametrize("method", ["roi_align", "bags"])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import load_fixture
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from diffinst.federated import FederatedDraws
@@ -162,8 +164,8 @@ def random_batch(
     return output, mask_features, targets, torch.tensor([[24.0, 32.0, 24.0, 32.0]] * num_images)
 
 
-def small_mask_head(mask_features: Tensor, mask_params: Tensor, image_index: Tensor) -> Tensor:
-    return apply_mask_head(mask_features, mask_params, image_index, channels=(2,))
+def small_mask_head(mask_features: Tensor, mask_params: Tensor) -> Tensor:
+    return apply_mask_head(mask_features, mask_params, channels=(2,))
 
 
 def slow_losses(output: HeadOutput, mask_features: Tensor, targets: list[Target], whwh: Tensor) -> dict[str, Tensor]:
@@ -214,6 +216,76 @@ def test_equals_the_slow_losses(counts: tuple[int, ...]) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_bands_of_pixels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, mask_features, targets, whwh = random_batch(counts=(3, 2))
+    leaves = [mask_features.requires_grad_(), output.mask_params]
+
+    def losses_and_gradients() -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        found = compute_losses(output, mask_features, prepare_targets(targets, (8, 8)), whwh, band_head)
+        return found, torch.autograd.grad(total_of(found), leaves)
+
+    heights = []
+
+    def band_head(features: Tensor, params: Tensor) -> Tensor:
+        heights.append(features.shape[2])
+        return small_mask_head(features, params)
+
+    whole = losses_and_gradients()
+    assert set(heights) == {8}
+    heights.clear()
+    monkeypatch.setattr("diffinst.losses._BAND_ELEMENTS_CPU", 3 * 8 * 6)  # three rows of six pairs, or more of fewer
+    banded = losses_and_gradients()
+    assert max(heights) < 8
+    assert any(8 % height for height in heights)  # the last band is smaller
+    torch.testing.assert_close(banded, whole)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the calls after which the host waits for the device."""
+
+    NAMES = frozenset(
+        {"tolist", "item", "nonzero", "masked_select", "unique", "__bool__", "__int__", "__float__", "cpu"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def count_host_reads(counts: tuple[int, ...], *, apart: bool) -> int:
+    """How often the host waits for the losses of a batch and their gradients.
+
+    Args:
+        apart: each instance has a proposal of its own; else all boxes are one, and repairs are needed.
+    """
+    output, mask_features, targets, whwh = random_batch(counts=counts)
+    boxes = torch.tensor([1.0, 1.0, 3.0, 3.0]).repeat(2, len(counts), 10, 1)
+    for image, target in enumerate(targets):
+        for instance in range(len(target)):
+            left = 4.0 * instance if apart else 1.0
+            target.boxes_xyxy[instance] = torch.tensor([left, 8.0, left + 3, 12.0])
+            boxes[:, image, instance] = target.boxes_xyxy[instance]
+    output.boxes_xyxy = boxes.requires_grad_()
+    prepared = prepare_targets(targets, (8, 8))
+    with HostReads() as reads:
+        total_of(compute_losses(output, mask_features, prepared, whwh, small_mask_head)).backward()
+    return reads.count
+
+
+@pytest.mark.parametrize("counts", [(3,), (3, 0, 2, 5)])
+def test_the_host_waits_once_for_all_images_and_stages(counts: tuple[int, ...]) -> None:
+    assert count_host_reads(counts, apart=True) == 1
+    assert 2 < count_host_reads(counts, apart=False) <= 2 + max(counts)
+
+
+def test_the_host_never_waits_for_a_batch_without_instances() -> None:
+    assert count_host_reads((0, 0), apart=True) == 0
+
+
 class TestByHand:
     # One image of 16 x 16, one class, one instance [4, 4, 12, 12] and one proposal.
     wanted = torch.tensor([[4.0, 4.0, 12.0, 12.0]])
@@ -229,8 +301,8 @@ class TestByHand:
         return {name: float(loss) for name, loss in losses.items()}
 
     @staticmethod
-    def linear_head(mask_features: Tensor, mask_params: Tensor, image_index: Tensor) -> Tensor:
-        return apply_mask_head(mask_features, mask_params, image_index, channels=())
+    def linear_head(mask_features: Tensor, mask_params: Tensor) -> Tensor:
+        return apply_mask_head(mask_features, mask_params, channels=())
 
     def test_perfect_box(self) -> None:
         losses = self.losses([4.0, 4.0, 12.0, 12.0])
