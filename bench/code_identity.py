@@ -25,10 +25,12 @@ BODY = ""  # the name of a module's own statements
 
 # Node kind -> the worker's function for it.
 _ROOTS: dict[str, tuple[str, ...]] = {
-    kind: (f"bench.worker:run_{kind}",) for kind in ("dataset", "train", "weights", "predict", "score", "latency")
+    kind: (f"bench.worker:run_{kind}",)
+    for kind in ("dataset", "train", "weights", "predict", "score", "latency", "training_step")
 }
 # Which samples a GPU throttled is a result; what asks the driver for it, on the way there, describes the machine.
-_ROOTS["latency"] = (*_ROOTS["latency"], "bench.measure.disturbances:held_back")
+for _timed in ("latency", "training_step"):
+    _ROOTS[_timed] = (*_ROOTS[_timed], "bench.measure.disturbances:held_back")
 # Engines in another interpreter start there by file name.
 _PEER_ROOTS = {"detectron2": ("bench.peers.run_peer:run",), "original": ("bench.peers.run_peer:run",)}
 
@@ -79,7 +81,7 @@ def node_code(kind: str, engine: str = "diffinst", *, backbone: str = "", datase
             reads the data, 'shapes', 'coco' or 'lvis'; '' counts all.
     """
     roots = _ROOTS[kind]
-    if kind in ("train", "predict", "latency"):
+    if kind in ("train", "predict", "latency", "training_step"):
         roots = (*roots, *_PEER_ROOTS.get(engine, ()))
     left_out = (*_NEVER, *_NOT_OF[engine])
     # A data set is read, and predictions are scored, without looking at the engine.

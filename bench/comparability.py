@@ -18,6 +18,7 @@ _KINDS: dict[str, Kind] = {
     "segm": "score",
     "bbox": "score",
     "latency_s": "time",
+    "training_step_s": "time",
     "benchmark_s": "time",
     "peak_memory_bytes": "memory",
     "num_parameters": "count",
@@ -39,7 +40,7 @@ IMAGES_AND_LABELS = (
 _DATA = (*IMAGES_AND_LABELS, "shortest_edge_test", "longest_edge_test")
 _ENGINE = ("name", "recipe", "options")
 # What of `measure` says how a number is taken; whether others are taken beside it does not matter.
-_NOT_PROTOCOL = ("score", "latency", "memory", "flops", "device")
+_NOT_PROTOCOL = ("score", "latency", "memory", "flops", "training_step", "device")
 
 
 def kind_of(metric: str) -> Kind:

@@ -550,7 +550,7 @@ def _mean(values: Sequence[float], is_log: bool) -> float:
 def _sample_error(record: Record, metric: str) -> tuple[float, float] | None:
     name, _, scope = metric.partition("/")
     q = 0.5
-    if name == "latency_s" and (match := _QUANTILE.match(scope)):
+    if name in ("latency_s", "training_step_s") and (match := _QUANTILE.match(scope)):
         scope, q = match[1], int(match[2]) / 100
     samples = record.get("samples", {}).get(name, {}).get(scope)
     error = None if samples is None else log_error(samples, q)

@@ -145,6 +145,20 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
     "original": {"train": ("seed",)},
 }
 
+# Engine -> fields of `train` that one training step on its own looks at besides; engines that are not here take none.
+# Learning rate, decay and clipping of another engine are its recipe's.
+USED_BY_STEP: dict[str, tuple[str, ...]] = {
+    "original": ("batch_size", "num_train_proposals"),
+}
+STEP_ENGINES = ("diffinst", *USED_BY_STEP)
+
+
+def step_fields(name: str, train: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the section `train`, what tells one step of training from another; all of it for our own engine."""
+    if name not in USED_BY_STEP:
+        return dict(train)
+    return used_fields(name, "train", train) | {field: train[field] for field in USED_BY_STEP[name]}
+
 
 def used_fields(name: str, section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a section's values, those that the engine looks at; all of them for our own."""

@@ -39,7 +39,7 @@ from bench.suite import metrics_of
 WORKER_COMMAND = (sys.executable, "-m", "bench.start")
 
 # Whose process took the measurements of a run: the first of these that the run has.
-_MEASURING = ("latency", "predict", "score", "train", "weights", "dataset")
+_MEASURING = ("latency", "training_step", "predict", "score", "train", "weights", "dataset")
 _SHARED = ("dataset", "train", "weights")  # many runs' nodes, each of which has a line of its own
 _LOG_LINES = 40
 _LOG_CHARACTERS = 6000
@@ -491,7 +491,7 @@ def _metrics(cell: Cell, outputs: Sequence[dict[str, Any]], *, failed: bool) -> 
     found = {name: Metric(**value) for part in outputs for name, value in part.get("metrics", {}).items()}
     for name, setting in metrics_of(cell.config.get("data", {})).items():
         if name not in found:
-            has_node = ("score" if setting == "score" else "latency") in cell.nodes
+            has_node = (setting if setting in ("score", "training_step") else "latency") in cell.nodes
             found[name] = metric(name, None, "the run failed" if failed and has_node else "not asked for")
     return found
 

@@ -21,10 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from bench.engines import used_fields
+from bench.engines import step_fields, used_fields
 from bench.errors import PeerCrash, PeerError
 from bench.measure.disturbances import MARKS
 from bench.measure.latency import SCOPES, TOTAL, WARMUP_IMAGES, summarise_latency
+from bench.measure.training import NAME as STEP_NAME
+from bench.measure.training import WARMUP_STEPS, summarise_steps
 from bench.record import Metric, dump_json, metric
 from bench.server import die_with
 from bench.store import write_atomic
@@ -71,10 +73,16 @@ def make_job(
     """The content of a job file.
 
     Args:
-        kind: train, predict or latency. options: of the node, with `engine` and `config`.
+        kind: train, predict, latency or training_step. options: of the node, with `engine` and `config`.
         weights: what a training of this engine left; None where the section names a file, or there are none.
     """
     engine, config = options["engine"], options["config"]
+    is_step = kind == "training_step"
+    train = (
+        step_fields(engine["name"], config["train"])
+        if is_step
+        else used_fields(engine["name"], "train", config["train"])
+    )
     # Beside what tells results apart, what never changes one.
     free = {name: config["train"][name] for name in ("log_every", "checkpoint_every", "num_workers")}
     return {
@@ -88,13 +96,13 @@ def make_job(
         "file_names": split.file_names(),
         "class_names": list(split.class_names),
         "category_ids": list(split.category_ids),
-        "train": used_fields(engine["name"], "train", config["train"]) | free,
+        "train": train | free,
         "data": used_fields(engine["name"], "data", config["data"]),
         "sampler": used_fields(engine["name"], "sampler", config["sampler"]),
         "weights": None if weights is None else str(weights),
         "device": device,
         "threads": threads,
-        "measure": {"warmup": WARMUP_IMAGES, **(measure or {})},
+        "measure": {"warmup": WARMUP_STEPS if is_step else WARMUP_IMAGES, **(measure or {})},
     }
 
 
@@ -321,6 +329,28 @@ def latency_outputs(name: str, result: Mapping[str, Any], asked: Mapping[str, An
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PeerCrash(f"engine {name}: its measurements are not what the protocol says ({error!r})") from error
     return outputs | {"metrics": {key: value.model_dump() for key, value in metrics.items()}}
+
+
+def training_step_outputs(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of a node of training steps from a peer's result.
+
+    Raises:
+        PeerCrash: the result is not what the protocol says.
+    """
+    try:
+        seconds = [float(value) for value in result["samples"][STEP_NAME][TOTAL]]
+        found = {key: metric(key, value) for key, value in summarise_steps(seconds).items()}
+        for key in ("rss", "cuda_allocated", "cuda_reserved"):
+            entry = f"peak_memory_bytes/training_{key}"
+            found[entry] = metric(entry, result["peak_memory_bytes"].get(key), "not measured on a CUDA device")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PeerCrash(f"engine {name}: its measurements are not what the protocol says ({error!r})") from error
+    untold = {"samples": None, "reason": f"engine {name} does not tell"}
+    return {
+        "samples": {STEP_NAME: {TOTAL: seconds}},
+        "sample_marks": {STEP_NAME: dict.fromkeys(MARKS, untold)},
+        "metrics": {key: value.model_dump() for key, value in found.items()},
+    }
 
 
 def _scopes(result: Mapping[str, Any]) -> dict[str, list[float]]:

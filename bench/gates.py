@@ -28,7 +28,16 @@ from bench.fields import Invalid, check_mapping, check_value, show, unknown
 from bench.yaml_source import Item, read_yaml
 
 # What the first part of a metric's name may be.
-METRIC_KINDS = ("segm", "bbox", "latency_s", "peak_memory_bytes", "num_parameters", "flops", "benchmark_s")
+METRIC_KINDS = (
+    "segm",
+    "bbox",
+    "latency_s",
+    "training_step_s",
+    "peak_memory_bytes",
+    "num_parameters",
+    "flops",
+    "benchmark_s",
+)
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

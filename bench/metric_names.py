@@ -21,6 +21,8 @@ METRICS: dict[str, str] = {
     **{f"{kind}/{name}": "score" for kind in _KINDS for name in (*_AP_NAMES, *COCO_AP_NAMES, *_LVIS_AP_NAMES)},
     **{f"latency_s/{scope}{part}": "latency" for scope in _SCOPES for part in ("", "/p5", "/p95")},
     **{f"peak_memory_bytes/{name}": "memory" for name in ("rss", "cuda_allocated", "cuda_reserved")},
+    **{f"training_step_s/total{part}": "training_step" for part in ("", "/p5", "/p95")},
+    **{f"peak_memory_bytes/training_{name}": "training_step" for name in ("rss", "cuda_allocated", "cuda_reserved")},
     "num_images": "score",
     "num_instances": "score",
     _LVIS_COUNT: "score",

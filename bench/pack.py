@@ -327,13 +327,13 @@ def _cell(cell: Cell) -> dict[str, Any]:
 def _other_nodes(records: Mapping[str, Sequence[Mapping[str, Any]]], plan: Plan) -> list[str]:
     """A note on records that name other nodes than the plan does."""
     planned = {cell.run_id: set(cell.nodes.values()) for cell in plan.cells if not cell.missing}
-    # The node of a latency has the device in it, which a plan without one does not know.
+    # The nodes of a latency and a training step have the device in them, which a plan without one does not know.
     other = [
         f"{machine}/{record['run_id']}"
         for machine, found in records.items()
         for record in found
         if not planned.get(record["run_id"], set()).issuperset(
-            node_id for kind, node_id in record["nodes"].items() if kind != "latency"
+            node_id for kind, node_id in record["nodes"].items() if kind not in ("latency", "training_step")
         )
     ]
     if not other:

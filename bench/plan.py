@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bench.code_identity import node_code
-from bench.engines import EngineConfig, code_digest, engine_identity, used_fields
+from bench.engines import EngineConfig, code_digest, engine_identity, step_fields, used_fields
 from bench.errors import SuiteError
 from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text, is_lvis
 from diffinst.config import SECTIONS, Config, DataConfig, identity
 
-NodeKind = Literal["dataset", "train", "weights", "predict", "score", "latency"]
+NodeKind = Literal["dataset", "train", "weights", "predict", "score", "latency", "training_step"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Node:
         score: 'iou_types', 'class_agnostic'; on LVIS 'protocol'. Inputs: predictions, data set.
         latency: those of predict, 'measure', 'device' ('auto' if not given). Inputs: training, data set. It measures
             memory, parameters and FLOPs too.
+        training_step: 'model', 'step' (training fields), 'data' (test fields), 'measure', 'device'. Inputs: those of
+            latency. The time and memory of single steps on validation images, from the weights that are there.
     """
 
     id: str
@@ -213,7 +215,7 @@ class _Builder:
         self.contents = contents
         self.nodes: dict[str, Node] = {}
         self.codes: dict[str, Mapping[str, str]] = {}
-        self.measure = suite.measure.model_dump(mode="json")
+        self.measure = suite.measure.asked()
         # By id() of sections, which the suite keeps alive.
         self.dumps: dict[int, dict[str, Any]] = {}
         self.trainings: dict[tuple[int, ...], tuple[NodeKind, str, str]] = {}
@@ -252,11 +254,29 @@ class _Builder:
             nodes["score"] = self._add("score", score_spec, (nodes["predict"], dataset), options)
         # A cell keeps its run id on every device, so that a report needs the suite alone to find its record.
         spec_ids = {kind: self.nodes[node_id].spec_id for kind, node_id in nodes.items()}
-        run_id = _digest([spec_ids, test, self.measure])
+        identity_parts: list[Any] = [spec_ids, test, self.measure]
+        if measure.training_step:
+            step_spec = self._step_spec(config, engine, sections)
+            identity_parts.append({name: step_spec[name] for name in ("step", "data")})
+            step_spec |= _step_settings(self.measure | {"device": self.device or "auto"})
+            nodes["training_step"] = self._add("training_step", step_spec, (train, dataset), options)
+        run_id = _digest(identity_parts)
         if measure.latency or measure.memory or measure.flops:
             latency_spec = subject | _latency_settings(self.measure | {"device": self.device or "auto"})
             nodes["latency"] = self._add("latency", latency_spec, (train, dataset), options)
         return run_id, nodes
+
+    def _step_spec(
+        self, config: Config, engine: EngineConfig, sections: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """What of a cell tells single steps of training apart, without how they are measured."""
+        train = identity("train", self._dump(config.train))
+        step = {name: value for name, value in train.items() if name not in FREE_FIELDS}
+        return {
+            "step": step_fields(engine.name, step),
+            "data": _test_spec(sections)["data"] | _weights_spec(sections)["data"],
+            **_subject(sections),
+        }
 
     def _training(self, config: Config, engine: EngineConfig) -> tuple[NodeKind, str, str]:
         """Where the weights come from, its node, and that of the data set with the validation split; often shared."""
@@ -516,7 +536,13 @@ def _test_spec(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _latency_settings(measure: Mapping[str, Any]) -> dict[str, Any]:
     """measure: a suite's, with the device."""
     settings = {name: value for name, value in measure.items() if name not in ("score", "device")}
+    settings = {name: value for name, value in settings.items() if not name.startswith("training_step")}
     return {"measure": settings, "device": measure["device"]}
+
+
+def _step_settings(measure: Mapping[str, Any]) -> dict[str, Any]:
+    """measure: a suite's that measures training steps, with the device."""
+    return {"measure": {"training_step_count": measure["training_step_count"]}, "device": measure["device"]}
 
 
 def _path_fields() -> tuple[str, ...]:

@@ -75,6 +75,7 @@ _UNITS: dict[str, tuple[str, bool | None]] = {
     "segm": ("fraction", True),
     "bbox": ("fraction", True),
     "latency_s": ("s", False),
+    "training_step_s": ("s", False),
     "peak_memory_bytes": ("bytes", False),
     "num_parameters": ("parameters", False),
     "flops": ("FLOP", False),

@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.engines import EXTERNAL, EngineConfig, engine_labels, engine_problem
+from bench.engines import EXTERNAL, STEP_ENGINES, EngineConfig, engine_labels, engine_problem
 from bench.errors import SuiteError, SuiteErrors
 from bench.fields import INVALID, check_mapping, check_value, did_you_mean, is_list_field, show, unknown
 from bench.metric_names import DATASETS, LVIS_DATASETS, LVIS_DETECTIONS, METRICS, is_lvis, metrics_of
@@ -155,16 +155,23 @@ class _Reader:
         self._finish_engines()
         self._check_dataset_names()
         measure = Measure(**self.measure_fields)
-        if not (measure.score or measure.latency or measure.memory or measure.flops):
+        if not (measure.score or measure.latency or measure.memory or measure.flops or measure.training_step):
             self.notes.note(
                 self.notes.place_of("measure"),
                 "measure",
-                "nothing is measured. Set score, latency, memory or flops true",
+                "nothing is measured. Set score, latency, memory, flops or training_step true",
             )
         tables, plots = ReportReader(self.notes, self.axes, self.sections).read(measure)
         # Cells are built from valid parts only: a broken part would give mistakes that are none.
         builder = CellBuilder(self.notes, self.head, self.sections, self.axes, self.engine, self.engine_label)
         cells = list(builder.cells()) if not self.problems else []
+        others = sorted({cell.engine.name for cell in cells} - set(STEP_ENGINES))
+        if measure.training_step and others:
+            self.notes.note(
+                self.notes.place_of("measure"),
+                "measure.training_step",
+                f"is not for engine {others[0]}. Allowed for: {', '.join(STEP_ENGINES)}. Take one of the two out",
+            )
         axes, must_fit = [cell.axes for cell in cells], bool(cells) and not self.overrides
         claims = read_ties(self.root.value.get("claims"), axes, self.problems, must_fit=must_fit)
         if self.problems or not cells:

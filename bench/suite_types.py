@@ -30,7 +30,11 @@ class _Part(BaseModel):
 
 
 class Measure(_Part):
-    """What is measured in each cell. Latency: at least so many images and seconds; flops: with the parameter count."""
+    """What is measured in each cell. Latency: at least so many images and seconds; flops: with the parameter count.
+
+    training_step: time and memory of one step of training (losses, gradients, clipping, AdamW) on the first
+    `train.batch_size` validation images at the test size, `training_step_count` times after a first one.
+    """
 
     score: bool = True
     latency: bool = True
@@ -38,6 +42,15 @@ class Measure(_Part):
     latency_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
     memory: bool = True
     flops: bool = True
+    training_step: bool = False
+    training_step_count: Annotated[int, Field(ge=1)] = 5
+
+    def asked(self) -> dict[str, Any]:
+        """As JSON; without what belongs to training steps where they are not measured, as before there were any."""
+        values = self.model_dump(mode="json")
+        if not self.training_step:
+            values = {name: value for name, value in values.items() if not name.startswith("training_step")}
+        return values
 
 
 class TableSpec(_Part):

@@ -27,6 +27,8 @@ from bench.measure.flops import count_flops, count_parameters
 from bench.measure.latency import TOTAL, ScopeTimer, Timer, measure_latency, summarise_latency
 from bench.measure.memory import peak_memory_bytes, reset_peak
 from bench.measure.moments import Moment, conditions_between, throttle_of
+from bench.measure.training import NAME as STEP_NAME
+from bench.measure.training import check_batch, measure_training_steps, step_samples, summarise_steps
 from bench.record import metric
 from bench.server import Input, Job, serve
 from diffinst.build import build_model, seeded_model
@@ -223,6 +225,46 @@ def run_latency(job: Job) -> dict[str, Any]:
     return outputs
 
 
+def run_training_step(job: Job) -> dict[str, Any]:
+    """Time steps of training on one batch of validation images, and take this process's peak memory."""
+    config, device, asked = _config(job), _device(job), job.node.spec["measure"]
+    start = _begin(job, device)
+    dataset = _val_dataset(job)
+    check_batch(config.train.batch_size, len(dataset), str(dataset.annotations_path))
+    if _is_external(job):
+        result = _run_external(job, "training_step", dataset, device, measure=asked)
+        _end(job, device, start)
+        return external.training_step_outputs(job.node.options["engine"]["name"], result) if result else {}
+    model = _detector(job, dataset, device).module
+    root = _data_root(job, job.inputs["dataset"].folder)
+    samples = step_samples(config.data, config.train.batch_size, root)
+    start = Moment.now(device)  # loading is over
+    watch = Watch(device, throttle=throttle_of(device))
+    reset_peak(device)
+    seconds = measure_training_steps(
+        model,
+        diffusion_losses(model, dataset, config),
+        samples,
+        config.train,
+        count=asked["training_step_count"],
+        device=device,
+        stop=job.stop,
+        watch=watch,
+    )
+    peaks = peak_memory_bytes(device)
+    _end(job, device, start)
+    if job.stop():
+        return {}
+    reason = f"measured on {torch.device(device).type}, not on a CUDA device"
+    found: dict[str, float | None] = {**summarise_steps(seconds)}
+    found |= {f"peak_memory_bytes/training_{name}": value for name, value in peaks.items()}
+    return {
+        "samples": {STEP_NAME: {TOTAL: seconds}},
+        "sample_marks": {STEP_NAME: watch.marks()},
+        "metrics": {name: metric(name, value, reason).model_dump() for name, value in found.items()},
+    }
+
+
 def _begin(job: Job, device: str) -> Moment:
     """Note what is known of this process before it works; the machine's state is noted with the end, see `_end`."""
     job.describe_process(process_environment(device))
@@ -390,6 +432,7 @@ KINDS = {
     "predict": run_predict,
     "score": run_score,
     "latency": run_latency,
+    "training_step": run_training_step,
 }
 
 

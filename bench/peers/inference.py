@@ -161,12 +161,19 @@ def measure(
             raise Stopped(f"stopped after {len(samples)} timed images")
     return {
         "samples": {"latency_s": {"total": samples}},
-        "peak_memory_bytes": {
-            "rss": peak_resident_bytes(),
-            "cuda_allocated": torch.cuda.max_memory_allocated() if on_cuda else None,
-            "cuda_reserved": torch.cuda.max_memory_reserved() if on_cuda else None,
-        },
+        "peak_memory_bytes": peak_memory_bytes(on_cuda=on_cuda),
         "flops": None,
+    }
+
+
+def peak_memory_bytes(*, on_cuda: bool) -> dict[str, int | None]:
+    """As `bench.measure.memory` has it: 'rss' of this process, 'cuda_allocated' and 'cuda_reserved' since the reset."""
+    import torch
+
+    return {
+        "rss": peak_resident_bytes(),
+        "cuda_allocated": torch.cuda.max_memory_allocated() if on_cuda else None,
+        "cuda_reserved": torch.cuda.max_memory_reserved() if on_cuda else None,
     }
 
 

@@ -60,7 +60,7 @@ def stand_in_for_timm() -> list[str]:
     from torch import nn
 
     class DropPath(nn.Module):
-        """Stochastic depth; does nothing in evaluation, which is all that this engine does."""
+        """Stochastic depth; does nothing in evaluation, and for training it does not stand in."""
 
         def __init__(self, drop_prob: float = 0.0) -> None:
             super().__init__()
@@ -120,6 +120,8 @@ def build_config(job: Job) -> Any:
     settings = cfg.MODEL[section]
     settings.NUM_CLASSES = len(job.category_ids)
     settings.NUM_PROPOSALS = job.sampler.get("num_proposals", settings.NUM_PROPOSALS)
+    if job.kind == "training_step":
+        settings.NUM_PROPOSALS = job.train.get("num_train_proposals", settings.NUM_PROPOSALS)
     settings.SAMPLE_STEP = job.sampler.get("sampling_steps", settings.SAMPLE_STEP)
     cfg.INPUT.MIN_SIZE_TEST = job.data.get("shortest_edge_test", cfg.INPUT.MIN_SIZE_TEST)
     cfg.INPUT.MAX_SIZE_TEST = job.data.get("longest_edge_test", cfg.INPUT.MAX_SIZE_TEST)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PROTOCOL = 1
-KINDS = ("train", "predict", "latency")
+KINDS = ("train", "predict", "latency", "training_step")
 _PROGRESS_INTERVAL_S = 0.2
 
 
@@ -30,7 +30,8 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One training, prediction or measurement; the sections are those of the suite, as plain values.
+    """One training, prediction, or measurement of a detection or a training step; the sections are those of the suite,
+    as plain values.
 
     engine: name, python, checkout, recipe, engine_weights, options. folder: where results go. annotations, images: COCO
     or LVIS file and the folder of its images. image_ids: in the order of work. file_names: of these images, below the

@@ -19,7 +19,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bench.peers import detectron, inference, original
+from bench.peers import detectron, inference, original, training_step
 from bench.peers.environment import process_facts
 from bench.peers.protocol import Channel, Job, PeerError, Stopped, read_job, stop_when_asked
 from bench.peers.records import read_records
@@ -44,6 +44,10 @@ def run(job: Job, channel: Channel, stop: Callable[[], bool]) -> dict[str, Any]:
         if engine == "original":
             raise PeerError("engine original does not train. Name its weights: `engine_weights: PATH`")
         result = detectron.train(job, channel, stop)
+    elif job.kind == "training_step":
+        if engine != "original":
+            raise PeerError(f"measure.training_step is not for engine {engine}. Allowed for: original")
+        result = training_step.measure(job, channel, stop)
     else:
         detector = original.detector(job) if engine == "original" else detectron.detector(job)
         records = read_records(job, annotated=False)

@@ -190,7 +190,9 @@ def _value_of_one(record: Record, metric: str) -> Value:
     error = record["metrics"][metric].get("standard_error")
     half = None if error is None else two_sided_quantile(0.05, math.inf) * math.sqrt(error**2)
     low = high = None
-    if metric.startswith("latency_s"):  # asking for the ends of all metrics is half the time of a large table
+    if metric.startswith(
+        ("latency_s", "training_step_s")
+    ):  # asking for the ends of all metrics is half the time of a large table
         low, high = _number(record, f"{metric}/p5"), _number(record, f"{metric}/p95")
     over = () if error is None else ("images",)
     return Value("ok", mean=number, low=low, high=high, count=1, total=1, half=half, over=over)

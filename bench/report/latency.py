@@ -13,7 +13,7 @@ from bench.report.cells import Record
 from bench.stats.latency import Quantile, is_outlier, quantile
 
 TOTAL = "latency_s/total"
-_NAME = re.compile(r"^(latency_s|benchmark_s)/(.*?)(?:/p(\d\d?))?$")
+_NAME = re.compile(r"^(latency_s|training_step_s|benchmark_s)/(.*?)(?:/p(\d\d?))?$")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ _MEMORY_LABELS = {
     "rss": "peak memory",
     "cuda_allocated": "peak GPU memory",
     "cuda_reserved": "peak GPU memory reserved",
+    "training_rss": "peak memory in training",
+    "training_cuda_allocated": "peak GPU memory in training",
+    "training_cuda_reserved": "peak GPU memory reserved in training",
 }
 
 
@@ -78,6 +81,9 @@ def style_of(metric: str, unit: str = "") -> Style:
         if quantile:
             return Style(f"{label} {quantile}", "ms", 1e3, 1)
         return Style(label, "ms", 1e3, 1, quantiles=True)
+    if head == "training_step_s":
+        _, _, quantile = rest.partition("/")
+        return Style(f"training step {quantile}".rstrip(), "s", 1.0, 2, quantiles=not quantile)
     if head == "peak_memory_bytes":
         return Style(_MEMORY_LABELS.get(rest, f"peak memory {rest}"), "MiB", 1 / _MIB, 0)
     if metric == "num_parameters":

@@ -224,7 +224,7 @@ def build_plot(
         log_x=log_x,
         x_is_names=not x_is_metric and any(isinstance(value, str) for value in positions),
         x_is_metric=x_is_metric,
-        falling_y=y.startswith(("latency_s", "peak_memory_bytes", "flops", "num_parameters")),
+        falling_y=y.startswith(("latency_s", "training_step_s", "peak_memory_bytes", "flops", "num_parameters")),
         caption=_caption(records, x, y, x_is_metric, axis_label(along) if along else "", sets),
     )
 

@@ -57,6 +57,9 @@ LONG_METRICS = (
     "latency_s/total",
     "peak_memory_bytes/cuda_allocated",
     "peak_memory_bytes/rss",
+    "training_step_s/total",
+    "peak_memory_bytes/training_cuda_allocated",
+    "peak_memory_bytes/training_rss",
     "num_parameters",
     "flops",
 )

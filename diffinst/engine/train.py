@@ -197,7 +197,7 @@ def train(
     )
     with torch.random.fork_rng(devices), losses_file:
         for iteration, samples in enumerate(batches, start):
-            terms, norm = _backward(model, loss_function, samples, settings, iteration)
+            terms, norm = backward_pass(model, loss_function, samples, settings, iteration)
             values = dict(zip([*terms, "gradient norm"], torch.stack([*terms.values(), norm]).tolist()))
             if not all(math.isfinite(value) for value in values.values()):
                 raise _not_finite(values, iteration, samples, resume_path if last_saved else None, last_saved)
@@ -354,7 +354,7 @@ def diffusion_losses(model: nn.Module, dataset: TrainingData, config: Config) ->
     return losses
 
 
-def _backward(
+def backward_pass(
     model: nn.Module, loss_function: LossFunction, samples: list[Sample], settings: TrainConfig, iteration: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Leave the clipped gradients of a batch in the model; its losses, detached, and the norm before clipping."""

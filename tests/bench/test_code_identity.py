@@ -183,7 +183,7 @@ def changed_kinds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, 
     text = file.read_text()
     assert text.count(old) >= 1, f"{module} has no {old!r} any more"
     file.write_text(text.replace(old, new, 1))
-    kinds = ("dataset", "train", "weights", "predict", "score", "latency")
+    kinds = ("dataset", "train", "weights", "predict", "score", "latency", "training_step")
 
     def digests() -> dict[str, str]:
         node_code.cache_clear()
@@ -197,23 +197,27 @@ def changed_kinds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, 
     return {kind for kind in kinds if before[kind] != after[kind]}
 
 
+TIMED = {"latency", "training_step"}
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "kinds"),
     [
         ("diffinst.losses", "\n\n\n", "\n\n\ndef _unused() -> None:\n    return None\n\n\n", set()),
-        ("diffinst.losses", "    return ", "    return 1 * ", {"train"}),
-        ("diffinst.diffusion.ddim", "    return ", "    return 1 * ", {"predict", "latency", "weights"}),
+        ("diffinst.losses", "    return ", "    return 1 * ", {"train", "training_step"}),
+        ("diffinst.diffusion.ddim", "    return ", "    return 1 * ", {"predict", "weights", *TIMED}),
         ("diffinst.evaluation.coco_ap", "    return ", "    return 1 * ", {"score"}),
         ("diffinst.backbones.swin", "    return ", "    return 1 * ", set()),
         (
             "diffinst.backbones.tiny",
             "        return ",
             "        return 1 * ",
-            {"train", "predict", "latency", "weights"},
+            {"train", "predict", "weights", *TIMED},
         ),
-        ("bench.measure.memory", "    return ", "    return 1 * ", {"latency"}),
-        ("bench.measure.disturbances", "DISTURBED_SHARE = ", "DISTURBED_SHARE = 2 * ", {"latency"}),
-        ("bench.measure.disturbances", "_HARMLESS = (", '_HARMLESS = ("board_limit", ', {"latency"}),
+        ("bench.measure.memory", "    return ", "    return 1 * ", TIMED),
+        ("bench.measure.training", "    return ", "    return 1 * ", {"training_step"}),
+        ("bench.measure.disturbances", "DISTURBED_SHARE = ", "DISTURBED_SHARE = 2 * ", TIMED),
+        ("bench.measure.disturbances", "_HARMLESS = (", '_HARMLESS = ("board_limit", ', TIMED),
         ("bench.report.tables", "    return ", "    return 1 * ", set()),
         ("bench.server", "    return ", "    return 1 * ", set()),
     ],
@@ -226,7 +230,7 @@ def test_a_changed_line_changes_the_nodes_that_run_it(
 
 def test_every_kind_and_engine_has_code() -> None:
     for engine in ("diffinst", "torchvision", "detectron2", "original"):
-        for kind in ("dataset", "train", "weights", "predict", "score", "latency"):
+        for kind in ("dataset", "train", "weights", "predict", "score", "latency", "training_step"):
             assert f"bench.worker:run_{kind}" in node_code(kind, engine).parts
     peers = node_code("predict", "detectron2").parts
     assert any(name.startswith("bench.peers.detectron:") for name in peers)

@@ -17,7 +17,7 @@ import pytest
 from bench import external
 from bench.engines import EngineConfig
 from bench.errors import PeerCrash, PeerError
-from bench.external import latency_outputs, make_job, run_peer, write_shards
+from bench.external import latency_outputs, make_job, run_peer, training_step_outputs, write_shards
 from diffinst.config import Config
 from diffinst.evaluation.predictions import iter_predictions
 
@@ -262,3 +262,26 @@ def test_only_what_is_asked_for_is_reported(tmp_path: Path) -> None:
 def test_measurements_that_make_no_sense_are_refused(result: dict[str, Any]) -> None:
     with pytest.raises(PeerCrash, match="its measurements are not what the protocol says"):
         latency_outputs("x", result, ASKED)
+
+
+def test_a_training_step_of_a_peer(tmp_path: Path) -> None:
+    engine = {"checkout": str(tmp_path), "recipe": "r.yaml", "engine_weights": "w.pth"}
+    content = job(tmp_path, "training_step", {"training_step_count": 3}, name="original", **engine)
+    assert content["measure"] == {"warmup": 1, "training_step_count": 3}
+    assert {"seed", "batch_size", "num_train_proposals"} <= content["train"].keys()
+    outputs = training_step_outputs("original", run(content))
+    assert outputs["samples"] == {"training_step_s": {"total": [0.5] * 3}}
+    assert outputs["sample_marks"]["training_step_s"]["contended"]["reason"] == "engine original does not tell"
+    found = outputs["metrics"]
+    assert found["training_step_s/total"]["value"] == 0.5
+    assert found["training_step_s/total/p95"]["unit"] == "s"
+    assert found["peak_memory_bytes/training_rss"]["value"] == 2000
+    assert found["peak_memory_bytes/training_cuda_reserved"]["reason"] == "not measured on a CUDA device"
+
+
+@pytest.mark.parametrize(
+    "result", [{}, {"samples": {"training_step_s": {"total": []}}}, {"samples": {"latency_s": {}}}]
+)
+def test_training_steps_that_make_no_sense_are_refused(result: dict[str, Any]) -> None:
+    with pytest.raises(PeerCrash, match="its measurements are not what the protocol says"):
+        training_step_outputs("x", result)

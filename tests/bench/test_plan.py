@@ -341,6 +341,57 @@ def test_only_what_is_measured_is_planned(tmp_path: Path) -> None:
     assert counts(plan_of(tmp_path, SMALL, "measure.score=false")) == {"dataset": 1, "train": 1, "latency": 4}
 
 
+STEP = SMALL + "measure: {training_step: true}\n"
+
+
+def test_a_training_step_is_planned_once_for_all_samplers(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, STEP)
+    assert counts(plan)["training_step"] == 1
+    (node,) = nodes_of(plan, "training_step")
+    assert node.inputs == nodes_of(plan, "latency")[0].inputs
+    assert node.spec["measure"] == {"training_step_count": 5}
+    assert {"batch_size", "num_train_proposals", "matcher"} <= node.spec["step"].keys()
+    assert "log_every" not in node.spec["step"]
+    assert "training_step" not in "".join(nodes_of(plan, "latency")[0].spec["measure"])
+
+
+def test_what_measures_no_training_steps_is_named_as_before_there_were_any(tmp_path: Path) -> None:
+    plan, with_steps = plan_of(tmp_path, SMALL), plan_of(tmp_path, STEP)
+    for cell, other in zip(plan.cells, with_steps.cells):
+        assert not any(name.startswith("training_step") for name in cell.measure)
+        assert other.measure["training_step"] is True
+        assert {kind: other.nodes[kind] for kind in cell.nodes} == cell.nodes
+        assert cell.run_id != other.run_id
+
+
+@pytest.mark.parametrize(
+    ("override", "is_another"),
+    [
+        ("batch_size=3", True),
+        ("num_train_proposals=7", True),
+        ("shortest_edge_test=96", True),
+        ("training_step_count=9", True),
+        ("learning_rate=0.5", False),
+        ("max_detections=7", False),
+        ("measure.latency_images=3", False),
+    ],
+)
+def test_what_tells_training_steps_of_the_original_apart(tmp_path: Path, override: str, is_another: bool) -> None:
+    for name in ("python", "w.pth"):
+        (tmp_path / name).touch()
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "r.yaml").touch()
+    text = """
+        name: one
+        engine: {name: original, python: python, checkout: clone, recipe: r.yaml, engine_weights: w.pth}
+        measure: {score: false, training_step: true}
+    """
+    one, other = (plan_of(tmp_path, text, *overrides).cells[0] for overrides in ((), (override,)))
+    assert (one.nodes["training_step"] != other.nodes["training_step"]) == is_another
+    if is_another:
+        assert one.run_id != other.run_id
+
+
 def test_boxes_only_scores_boxes(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "model: {mask: none}\n")
     assert nodes_of(plan, "score")[0].spec["iou_types"] == ["bbox"]

@@ -205,7 +205,8 @@ def test_overrides_replace_fields_settings_and_axes(tmp_path: Path) -> None:
         (
             "measure.latncy=true",
             "--set measure.latncy=true: unknown key. Allowed: score, latency, latency_images, latency_seconds, memory, "
-            "flops. Did you mean 'latency'?",
+            "flops, training_step, "
+            "training_step_count. Did you mean 'latency'?",
         ),
         ("dataset=nuclie", f"--set dataset=nuclie: 'nuclie' is not allowed. Allowed: {', '.join(DATASETS)}."),
         ("sampling_steps=0", "--set sampling_steps=0: 0 is not allowed. Allowed: an integer from 1 to 1000"),
@@ -265,7 +266,8 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "s.yaml:16:3: axes.zip: the lists differ in length: eta has 2, renewal has 1. Give each as many values",
         "s.yaml:17:8: seeds: 3 is not allowed. Allowed: a list, each an integer of at least 0",
         "s.yaml:18:11: measure.latency_image: unknown key. Allowed: score, latency, latency_images, latency_seconds, "
-        "memory, flops. Did you mean 'latency_images'?",
+        "memory, flops, training_step, "
+        "training_step_count. Did you mean 'latency_images'?",
         "s.yaml:19:48: tables[0].metric: 'segm/APP' is not allowed. Allowed: metrics such as segm/AP, bbox/AP50, "
         "latency_s/total, flops. Did you mean 'segm/AP'?",
         "--set iterations=0: 0 is not allowed. Allowed: an integer of at least 1",
@@ -348,7 +350,19 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         ("axes: {include: [3]}\n", "s.yaml:1:18: axes.include[0]: 3 is not allowed. Allowed: a mapping from axis to"),
         (
             "measure: {score: false, latency: false, memory: false, flops: false}\n",
-            "s.yaml:1:1: measure: nothing is measured. Set score, latency, memory or flops true",
+            "s.yaml:1:1: measure: nothing is measured. Set score, latency, memory, flops or training_step true",
+        ),
+        (
+            "engine: torchvision\nmeasure: {training_step: true}\n",
+            "s.yaml:2:1: measure.training_step: is not for engine torchvision. Allowed for: diffinst, original.",
+        ),
+        (
+            "measure: {training_step_count: 0}\n",
+            "s.yaml:1:32: measure.training_step_count: 0 is not allowed.",
+        ),
+        (
+            "plots: [{x: seed, y: training_step_s/total}]\n",
+            "s.yaml:1:22: plots[0].y: training_step_s/total is not measured. Set measure.training_step true, or take",
         ),
         ("tables: [{rows: seed}]\n", "s.yaml:1:10: tables[0]: needs columns, metric too"),
         ("tables: [null]\n", "s.yaml:1:10: tables[0]: null is not allowed."),

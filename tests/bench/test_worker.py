@@ -88,6 +88,33 @@ def test_records_hold_every_metric_or_the_reason_why_not(found: list[RunRecord])
         assert "disc" in record.per_class["bbox/AP"]
 
 
+def test_a_training_step_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    off = [f"measure.{name}=false" for name in ("score", "latency", "memory", "flops")]
+    plan = make_plan(tmp_path, *off, "measure.training_step=true", "training_step_count=2")
+    outcome = run(plan, tmp_path / "results")
+    assert outcome.exit_code == 0, outcome.failures
+    kinds = sorted(node_id.split("-")[0] for node_id in outcome.executed)
+    assert kinds == ["dataset", *["train"] * 2, *["training_step"] * 2]  # one for each of two models
+    records = Store(tmp_path / "results").records("minute", outcome.machine)
+    assert len(records) == 3
+    for record in records:
+        (seconds,) = record.samples["training_step_s"].values()
+        assert len(seconds) == 2
+        assert record.metrics["training_step_s/total"].value == pytest.approx(sum(seconds) / 2)
+        assert record.metrics["peak_memory_bytes/training_rss"].value > 2**20
+        assert record.metrics["peak_memory_bytes/training_cuda_allocated"].reason.startswith("measured on cpu")
+        assert record.metrics["latency_s/total"].reason == "not asked for"
+        assert record.sample_marks["training_step_s"].keys() == {"contended", "throttled"}
+        assert record.measure["training_step"] is True
+
+
+def test_a_training_step_needs_as_many_images_as_a_batch_has(tmp_path: Path) -> None:
+    outcome = run(make_plan(tmp_path, "measure.training_step=true", "batch_size=4"), tmp_path / "results")
+    assert outcome.exit_code == 2
+    reasons = [failure.reason for failure in outcome.failures.values()]
+    assert any("train.batch_size images, 4, but the validation split has 3" in reason for reason in reasons)
+
+
 def test_scores_are_checked_and_carry_what_images_change(
     done: tuple[Path, Plan, RunOutcome], found: list[RunRecord]
 ) -> None:
