@@ -457,9 +457,13 @@ def _notes(
     notes = []
     if any(style_of(name).scale == 100 for name in metrics):
         notes.append("AP and AR are ×100.")
-    if any(style_of(name).quantiles for name in metrics):
-        within = " [its 95 % interval within the run]" if has_ends else ""
-        notes.append(f"Latency is the median per image{within}" + (" (5th–95th percentile)." if quantiles else "."))
+    timed = [name for name in metrics if style_of(name).quantiles]
+    within = " [its 95 % interval within the run]" if has_ends else ""
+    ends = " (5th–95th percentile)." if quantiles else "."
+    if any(name.startswith("latency_s") for name in timed):
+        notes.append(f"Latency is the median per image{within}{ends}")
+    if any(name.startswith("training_step_s") for name in timed):
+        notes.append(f"The time of a training step is the median of its repetitions{within}{ends}")
     shown = [value for value in values if value.mean is not None]
     spans = _Spans.of(shown)
     if spans.over:
