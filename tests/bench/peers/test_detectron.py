@@ -392,34 +392,46 @@ torch.save({"model": model.state_dict()}, job.engine["engine_weights"])
 """
 
 
-@pytest.mark.parametrize(
+REPOSITORIES = pytest.mark.parametrize(
     ("repository", "recipe"),
     [("DiffusionInst", "configs/diffinst.coco.res50.yaml"), ("DiffusionDet", "configs/diffdet.coco.res50.yaml")],
 )
-def test_a_clone_of_an_original_predicts_the_same_twice(
-    data: Path, tmp_path: Path, repository: str, recipe: str
-) -> None:
+
+
+def thin_clone(repository: str, recipe: str, weights: Path) -> dict[str, Any]:
+    """The engine of a clone with a thin model; skips the test where there is no clone."""
     if not (CHECKOUTS / repository).is_dir():
         pytest.skip(f"DIFFINST_CHECKOUTS names no folder with a clone of {repository}")
     sizes = {"PRIOR_PROB": 0.45, "HIDDEN_DIM": 16, "NUM_HEADS": 2, "NHEADS": 4, "DIM_FEEDFORWARD": 32, "DIM_DYNAMIC": 8}
-    engine = {
+    return {
         "name": "original",
         "checkout": str(CHECKOUTS / repository),
         "recipe": recipe,
-        "engine_weights": str(tmp_path / "w.pth"),
+        "engine_weights": str(weights),
         "options": {name: value for name, value in THIN.items() if name.startswith(("MODEL.RESNETS.W", "MODEL.FPN"))}
         | {"MODEL.RESNETS.RES2_OUT_CHANNELS": 16, "MODEL.RESNETS.STEM_OUT_CHANNELS": 8}
         | {f"MODEL.{repository}.{name}": value for name, value in sizes.items()},
     }
+
+
+def write_random_weights(content: dict[str, Any], path: Path) -> None:
+    """Of the model of a job, which is written to `path`."""
+    path.write_text(json.dumps(content))
+    command = [sys.executable, "-c", WRITE_WEIGHTS, str(path), str(RUNNER.parents[2])]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@REPOSITORIES
+def test_a_clone_of_an_original_predicts_the_same_twice(
+    data: Path, tmp_path: Path, repository: str, recipe: str
+) -> None:
+    engine = thin_clone(repository, recipe, tmp_path / "w.pth")
     sampler = {"sampling_steps": 2, "num_proposals": 30, "eval_seed": 3, "max_detections": None}
     found = []
     for number in range(2):
         content = job(data, tmp_path / f"out{number}", "predict", engine=engine, sampler=sampler)
         if number == 0:
-            path = tmp_path / "job.json"
-            path.write_text(json.dumps(content))
-            command = [sys.executable, "-c", WRITE_WEIGHTS, str(path), str(RUNNER.parents[2])]
-            subprocess.run(command, check=True, capture_output=True)
+            write_random_weights(content, tmp_path / "job.json")
         environment = result(content)["environment"]
         found.append(lines(tmp_path / f"out{number}" / "results.jsonl"))
     assert environment["checkout"]["package"] == repository.lower()
@@ -428,3 +440,18 @@ def test_a_clone_of_an_original_predicts_the_same_twice(
         assert 0 < len(record["score"]) <= 30
         assert set(record["category_id"]) <= {3, 9}
         assert (record["segmentation"] is not None) == (repository == "DiffusionInst")
+
+
+@REPOSITORIES
+def test_steps_of_training_of_a_clone_are_timed(data: Path, tmp_path: Path, repository: str, recipe: str) -> None:
+    engine = thin_clone(repository, recipe, tmp_path / "w.pth")
+    content = job(data, tmp_path / "out", "training_step", engine=engine)
+    content["train"] = {"seed": 0, "batch_size": 2, "num_train_proposals": 30}
+    content["measure"] = {"warmup": 1, "training_step_count": 2}
+    write_random_weights(content, tmp_path / "job.json")
+    found = result(content)
+    assert len(found["samples"]["training_step_s"]["total"]) == 2
+    assert found["peak_memory_bytes"]["rss"] > 2**20
+    assert found["num_parameters"] > 1000
+    code, last = run(job(data, tmp_path / "other", "training_step"))
+    assert (code, "measure.training_step is not for engine detectron2" in last["error"]) == (2, True)
