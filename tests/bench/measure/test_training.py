@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from coco_files import tiny_content, write_set
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from bench.measure.disturbances import Watch
 from bench.measure.training import WARMUP_STEPS, check_batch, measure_training_steps, step_samples, summarise_steps
 from diffinst.config import DataConfig, TrainConfig
+from diffinst.data.coco import open_dataset
 from diffinst.errors import DataError
 from diffinst.structures import Sample
 
@@ -79,15 +79,15 @@ def test_samples_are_the_first_images_as_tested_with_their_instances(tmp_path: P
     paths = {"val_annotations": str(annotations), "val_images": str(images)}
     train = {"train_annotations": str(annotations), "train_images": str(images)}
     data = DataConfig(dataset="custom", shortest_edge_test=32, longest_edge_test=64, **paths, **train)
-    first, second = step_samples(data, 2, None)
-    assert first.image.shape[1:] == (32, 48)
-    again = step_samples(data, 2, None)
-    for sample, other in zip((first, second), again):
-        assert torch.equal(sample.image, other.image)
+    dataset = open_dataset(data, "val")
+    for index, sample in enumerate(step_samples(data, 2, None)):
+        assert torch.equal(sample.image, dataset.test_sample(index).image)
+        assert sample.image.shape == (3, 32, 48)
         assert sample.target is not None
         assert sample.target.masks is not None
-        assert sample.target.masks.shape[1:] == sample.image.shape[1:]
-    assert np.isfinite(first.target.boxes_xyxy.numpy()).all()
+        assert sample.target.masks.shape[1:] == (32, 48)
+        # From 20 x 30 to 32 x 48: 1.6 times.
+        torch.testing.assert_close(sample.target.boxes_xyxy, dataset.target(index).boxes_xyxy * 1.6)
 
 
 def test_a_batch_that_the_split_cannot_fill_is_refused() -> None:
