@@ -64,7 +64,7 @@ gates:
         ":2:1: gate: unknown key. Allowed: level, calibration, require, gates. Did you mean 'gates'?",
         ":3:11: require[0]: no gate is for 'bbox/AP'. Add one under gates, or leave it out",
         ":6:3: gates.segm/AP: is never reached: 'segm/*' above matches first. Move it up",
-        ":7:3: gates.latency/total: no metric begins with 'latency'. Allowed: segm, bbox, latency_s, "
+        ":7:3: gates.latency/total: no metric begins with 'latency'. Allowed: segm, bbox, latency_s, training_step_s, "
         "peak_memory_bytes, num_parameters, flops, benchmark_s. Did you mean 'latency_s'?",
         ":8:21: gates.flops.relative: '1e-3' is not allowed. Allowed: a number of at least 0. "
         "YAML reads 1e-3 as text: write 1.0e-3",
