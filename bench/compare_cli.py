@@ -13,8 +13,9 @@ from bench.calibration import NO_NOISE, Noise, calibrate, dump_calibration, load
 from bench.compare import Comparison, compare
 from bench.errors import BenchError, RecordError, StoreError
 from bench.gates import DEFAULT_GATES, Gates, load_gates
+from bench.plain_record import PlainReader
 from bench.pytest_benchmarks import read_benchmarks
-from bench.record import SCHEMA_VERSION, collector_paused, parse_record
+from bench.record import collector_paused, parse_plain
 from bench.report.cells import Record
 from bench.report.comparison import WRITERS, summary, to_markdown
 from bench.report.frames import record_files
@@ -100,8 +101,10 @@ def calibrate_command(
 
 def _read_sides(base: Path, head: Path | None, *, benchmarks: bool) -> tuple[list[Record], list[Record]]:
     if head is not None:
-        read = read_benchmarks if benchmarks else read_results
-        return read(base), read(head)
+        if benchmarks:
+            return read_benchmarks(base), read_benchmarks(head)
+        reader = PlainReader()
+        return read_results(base, reader), read_results(head, reader)
     content = _read_json(base) if base.is_file() else None
     if not isinstance(content, dict) or content.get("kind") != "race":
         raise BenchError(f"HEAD is missing, and {base} is no file of diffbench race. Give {_SIDE}")
@@ -114,27 +117,42 @@ def _read_sides(base: Path, head: Path | None, *, benchmarks: bool) -> tuple[lis
     return sides[0], sides[1]
 
 
-def read_results(path: Path) -> list[Record]:
+def read_results(path: Path, reader: PlainReader | None = None) -> list[Record]:
     """The records of a folder or a JSON file, each with the 'path' of its file.
 
+    Args:
+        reader: where it has read others, equal parts of all of them are one object.
     Raises:
         RecordError: there are none, or one is unreadable.
     """
     files = record_files(path) if path.is_dir() else [path]
-    return [record for file in files for record in _records_of(file)]
+    reader = reader or PlainReader()
+    return [record for file in files for record in _records_of(file, reader)]
 
 
 def _read_json(path: Path) -> Any:
+    return _parse(path, _read_bytes(path))
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return from_json(path.read_bytes(), cache_strings="keys")
+        return path.read_bytes()
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror}). Give {_SIDE}") from error
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return from_json(data, cache_strings="keys")
     except ValueError as error:
         raise RecordError(f"{path}: not valid JSON ({error}). Give {_SIDE}") from error
 
 
-def _records_of(path: Path) -> list[Record]:
-    content = _read_json(path)
+def _records_of(path: Path, reader: PlainReader) -> list[Record]:
+    data = _read_bytes(path)
+    if (usual := reader.usual(data)) is not None:
+        return [usual | {"path": str(path)}]
+    content = _parse(path, data)
     if not isinstance(content, list):
         return [_checked(content, str(path), path)]
     if not content:
@@ -143,10 +161,7 @@ def _records_of(path: Path) -> list[Record]:
 
 
 def _checked(content: Any, source: str, path: Path) -> Record:
-    record = parse_record(content, source)
-    # As it stands in the file, if that is of this version: dumping thousands of records takes as long as reading them.
-    is_current = content["schema_version"] == SCHEMA_VERSION
-    return {**(content if is_current else record.model_dump()), "path": str(path)}
+    return parse_plain(content, source) | {"path": str(path)}
 
 
 def _append(path: Path, text: str) -> None:

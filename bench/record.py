@@ -12,7 +12,6 @@ import binascii
 import contextlib
 import gc
 import json
-import math
 import re
 import string
 import struct
@@ -118,14 +117,21 @@ class Resamples(_Part):
 
     @model_validator(mode="after")
     def _all_there(self) -> Self:
-        # Told without decoding, which would take as long as all the rest of reading a record.
-        padding = self.values.encode(errors="replace").translate(None, _BASE64)
-        if padding not in (b"", b"=", b"==") or len(self.values) % 4 or not self.values.endswith(padding.decode()):
-            raise ValueError("values are not base64")
-        size = len(self.values) // 4 * 3 - len(padding)
-        if size != 4 * self.count:
-            raise ValueError(f"values hold {size} bytes instead of 4 for each of {self.count} draws")
+        if problem := check_resamples(self.values, self.count):
+            raise ValueError(problem)
         return self
+
+
+def check_resamples(values: str, count: int) -> str | None:
+    """What is wrong with `Resamples.values` of so many draws; None if nothing.
+
+    Told without decoding, which would take as long as all the rest of reading a record.
+    """
+    padding = values.encode(errors="replace").translate(None, _BASE64)
+    if padding not in (b"", b"=", b"==") or len(values) % 4 or not values.endswith(padding.decode()):
+        return "values are not base64"
+    size = len(values) // 4 * 3 - len(padding)
+    return None if size == 4 * count else f"values hold {size} bytes instead of 4 for each of {count} draws"
 
 
 def pack_resamples(values: Sequence[float]) -> str:
@@ -247,48 +253,7 @@ def load_record(path: Path) -> RunRecord:
         RecordError: the file is unreadable, not a record, or of a schema version this program does not know
             (NewerRecordError: of one that is to come).
     """
-    return parse_record(_read_json(path), str(path))
-
-
-def load_plain(path: Path) -> dict[str, Any]:
-    """One record file as the plain JSON object of its record, checked as by `load_record`.
-
-    For reports of thousands of records: dumping a record takes longer than reading it.
-
-    Raises:
-        RecordError: see `load_record`.
-    """
-    content = _upgraded(_read_json(path), str(path))
-    metrics = content.get("metrics")
-    # Half of all checking is of metrics, and nearly all of them are in the form that `dump_record` gives them.
-    is_usual = type(metrics) is dict and all(map(_is_usual, metrics.values()))
-    _validated(content | {"metrics": {}} if is_usual else content, str(path))
-    fields = RunRecord.model_fields
-    if len(content) == len(fields):
-        return content
-    return {name: content[name] if name in content else field.get_default() for name, field in fields.items()}
-
-
-def _is_usual(entry: Any) -> bool:
-    """Is it surely a `Metric`, in a form that is told at a glance? If not, it may still be one."""
-    if type(entry) is not dict or type(entry.get("unit")) is not str or "higher_is_better" not in entry:
-        return False
-    value, direction = entry.get("value"), entry["higher_is_better"]
-    if direction is not None and type(direction) is not bool:
-        return False
-    if value is None:
-        return len(entry) == 4 and "value" in entry and type(entry.get("reason")) is str
-    if type(value) is not float and type(value) is not int or not -math.inf < value < math.inf:
-        return False
-    error = entry.get("standard_error")
-    is_exact = len(entry) == 3
-    return (
-        is_exact
-        or len(entry) == 5
-        and type(error) is float
-        and 0 <= error < math.inf
-        and entry.get("error_of") == "images"
-    )
+    return parse_record(parse_json(read_bytes(path), str(path)), str(path))
 
 
 def parse_record(content: Any, source: str) -> RunRecord:
@@ -298,6 +263,41 @@ def parse_record(content: Any, source: str) -> RunRecord:
         RecordError: see `load_record`.
     """
     return _validated(_upgraded(content, source), source)
+
+
+def parse_plain(content: Any, source: str) -> dict[str, Any]:
+    """The plain JSON object of a record, checked as by `parse_record`: what the file has and, of fields that it lacks,
+    what they are without it.
+
+    Raises:
+        RecordError: see `load_record`.
+    """
+    content = _upgraded(content, source)
+    _validated(content, source)
+    fields = RunRecord.model_fields
+    return {name: content[name] if name in content else field.get_default() for name, field in fields.items()}
+
+
+def read_bytes(path: Path) -> bytes:
+    """
+    Raises:
+        RecordError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_json(data: bytes, source: str) -> Any:
+    """
+    Raises:
+        RecordError: it is no JSON; `source` names it.
+    """
+    try:
+        return from_json(data, cache_strings="all")
+    except ValueError as error:
+        raise RecordError(f"{source}: not valid JSON ({error}). Restore the file or delete it and run again") from error
 
 
 @contextlib.contextmanager
@@ -310,15 +310,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return from_json(path.read_bytes(), cache_strings="all")
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise RecordError(f"{path}: not valid JSON ({error}). Restore the file or delete it and run again") from error
 
 
 def _upgraded(content: Any, source: str) -> dict[str, Any]:

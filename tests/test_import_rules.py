@@ -47,6 +47,7 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "bench.fingerprints": {"torch", "matplotlib", "pandas"},
     "bench.explain_cli": {"torch", "matplotlib", "pandas"},
     "bench.record": {"torch", "diffinst.model", "matplotlib"},
+    "bench.plain_record": {"torch", "numpy", "diffinst.model", "matplotlib", "pandas"},
     "bench.digests": {"torch", "numpy", "diffinst.model", "matplotlib", "pandas"},
     "bench.store": {"torch", "diffinst.model", "matplotlib"},
     "bench.start": {"torch", "diffinst.model", "matplotlib"},

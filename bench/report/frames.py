@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import RecordError, StoreError
-from bench.record import collector_paused, load_plain
+from bench.plain_record import PlainReader
+from bench.record import collector_paused
 from bench.report.cells import Record, axes_of, metric_names, sort_records
 from bench.report.latency import TOTAL, timing_of
 from bench.report.metrics import axis_text, csv_field
@@ -50,9 +51,10 @@ def read_folder(folder: Path) -> list[Record]:
         RecordError: there are none, or one is unreadable.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
+    reader = PlainReader()
     with collector_paused():
         for path in record_files(folder):
-            record = load_plain(path)
+            record = reader.load(path)
             groups.setdefault((record["suite"], path.resolve().parent.name), []).append(record)
     return [
         {**record, "machine": machine}

@@ -15,14 +15,13 @@ from run_records import make_record
 
 from bench import record as record_module
 from bench.errors import RecordError
+from bench.plain_record import load_plain
 from bench.record import (
     Metric,
     Resamples,
-    RunRecord,
     SampleMarks,
     dump_json,
     dump_record,
-    load_plain,
     load_record,
     metric,
     pack_resamples,
@@ -219,13 +218,6 @@ def test_every_committed_record_loads(path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
-def test_a_plain_record_says_what_the_record_says(path: Path) -> None:
-    plain = load_plain(path)
-    assert plain.keys() == RunRecord.model_fields.keys()
-    assert json.loads(dump_record(parse_record(plain, "plain"))) == json.loads(dump_record(load_record(path)))
-
-
 @pytest.mark.parametrize("load", [load_record, load_plain])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -239,47 +231,6 @@ def test_a_number_in_quotes_is_no_number(tmp_path: Path, load: Any, changes: dic
     path.write_text(json.dumps(json.loads(dump_record(make_record())) | changes))
     with pytest.raises(RecordError, match=rf"odd\.json: {message}"):
         load(path)
-
-
-ODD = [None, True, 0, -1, 1.5, -0.5, 10**400, math.nan, math.inf, "", "images", "s", [], {}]
-USUAL: list[dict[str, Any]] = [
-    {"value": 1, "unit": "", "higher_is_better": None},
-    {"value": 0.5, "unit": "s", "higher_is_better": False, "standard_error": 0.1, "error_of": "images"},
-    {"value": None, "unit": "s", "higher_is_better": True, "reason": "why"},
-]
-NAMES = (*Metric.model_fields, "more")
-
-
-@pytest.mark.parametrize("usual", USUAL)
-def test_a_usual_metric_is_one(usual: dict[str, Any]) -> None:
-    assert record_module._is_usual(usual)
-    lacking = [{name: value for name, value in usual.items() if name != lost} for lost in usual]
-    changed = [entry | {name: odd} for entry in (usual, *lacking) for name in NAMES for odd in ODD]
-    found = [entry for entry in (usual, *lacking, *changed, *ODD) if record_module._is_usual(entry)]
-    assert len(found) > 10
-    for entry in found:
-        Metric.model_validate(entry, strict=True)
-
-
-def test_metrics_as_they_are_written_are_usual() -> None:
-    error = {"standard_error": 0.01, "error_of": "images"}
-    metrics = make_record().metrics | {
-        "segm/APs": metric("segm/APs", None, "no instance"),
-        "segm/AP75": metric("segm/AP75", 0.5).model_copy(update=error),
-        "num_images": metric("num_images", 3),
-    }
-    written = json.loads(dump_record(make_record().model_copy(update={"metrics": metrics})))["metrics"]
-    assert all(map(record_module._is_usual, written.values()))
-    assert not record_module._is_usual(written["num_images"] | {"reason": None})  # it is looked at closely
-
-
-def test_plain_records_of_a_file_do_not_share_what_they_lack(tmp_path: Path) -> None:
-    path = tmp_path / "short.json"
-    content = json.loads(dump_record(make_record()))
-    del content["checks"]
-    path.write_text(json.dumps(content))
-    load_plain(path)["checks"]["evaluators"] = {}
-    assert load_plain(path)["checks"] == {}
 
 
 @pytest.mark.parametrize("load", [load_record, load_plain])
