@@ -6,6 +6,7 @@ pandas is loaded on use: tables and plots do without it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from bench.errors import RecordError, StoreError
 from bench.plain_record import PlainReader
 from bench.record import collector_paused
 from bench.report.cells import Record, axes_of, metric_names, sort_records
-from bench.report.latency import TOTAL, timing_of
+from bench.report.latency import TOTAL, quantiles_of, timing_of
 from bench.report.metrics import axis_text, csv_field
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def read_folder(folder: Path) -> list[Record]:
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     reader = PlainReader()
+    machine_of = cache(lambda place: place.resolve().name)
     with collector_paused():
         for path in record_files(folder):
             record = reader.load(path)
-            groups.setdefault((record["suite"], path.resolve().parent.name), []).append(record)
+            groups.setdefault((record["suite"], machine_of(path.parent)), []).append(record)
     return [
         {**record, "machine": machine}
         for (_, machine), found in sorted(groups.items())
@@ -81,7 +83,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     timed = [name for name in metrics if name.startswith("latency_s/")]
     columns = [column for name in metrics for column in (name, *(_ends(name) if name in timed else ()))]
     columns += _COUNTS.values() if timed else ()
-    rows = [_row(record, axes, metrics) | _timings(record, timed) for record in records]
+    rows = [_row(record, axes, metrics) | more for record, more in zip(records, _timings(records, timed))]
     frame = pd.DataFrame(rows, columns=[*HEAD, *axes, *columns, *TAIL])
     for name in axes:  # pandas' own inference would turn whole numbers into fractions where some rows have none
         frame[name] = pd.array([row[name] for row in rows])
@@ -135,16 +137,24 @@ def _ends(name: str) -> tuple[str, str]:
     return f"{name}/low", f"{name}/high"
 
 
-def _timings(record: Record, names: Sequence[str]) -> dict[str, Any]:
-    """Ends of the intervals of latencies, and the counts of `_COUNTS`, as far as the samples tell them."""
-    found: dict[str, Any] = {}
-    for name in names:
-        timing = timing_of(record, name)
-        if timing is not None and record.get("metrics", {}).get(name, {}).get("value") is not None:
-            found |= zip(_ends(name), (timing.low, timing.high))
-            if name == TOTAL:
-                found |= {column: getattr(timing, field) for field, column in _COUNTS.items()}
-    return found
+def _timings(records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each record the ends of the intervals of latencies, and `_COUNTS`, as far as the samples tell them."""
+    wanted = [
+        (place, record, name)
+        for place, record in enumerate(records)
+        for name in names
+        if record.get("metrics", {}).get(name, {}).get("value") is not None
+    ]
+    rows: list[dict[str, Any]] = [{} for _ in records]
+    quantiles = quantiles_of([(record, name) for _, record, name in wanted])
+    for (place, record, name), found in zip(wanted, quantiles):
+        if found is None:
+            continue
+        rows[place] |= zip(_ends(name), (found.low, found.high))
+        if name == TOTAL:
+            timing = timing_of(record, name, found)
+            rows[place] |= {column: getattr(timing, field) for field, column in _COUNTS.items()}
+    return rows
 
 
 def _axis_cell(value: Any) -> Any:

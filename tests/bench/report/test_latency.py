@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from report_records import make_record
 
-from bench.report.latency import Timing, describe_samples, disturbed_share, marked, timing_of
+from bench.report.latency import Timing, describe_samples, disturbed_share, marked, quantile_of, quantiles_of, timing_of
 
 SAMPLES = [0.003, 0.001, 0.002, 0.009, 0.008, 0.007, 0.006, 0.005, 0.004]
 
@@ -36,6 +37,17 @@ def test_percentiles_and_scopes_have_their_own() -> None:
     assert timing_of(record, "latency_s/masks") is None
     assert timing_of(record, "segm/AP") is None
     assert timing_of(make_record()) is None
+
+
+def test_many_are_asked_for_at_once() -> None:
+    record = timed(total=SAMPLES, head=[value / 2 for value in SAMPLES])
+    names = ["latency_s/total", "segm/AP", "latency_s/head", "latency_s/masks", "latency_s/total/p95"]
+    found = quantiles_of([(record, name) for name in names])
+    assert found == [quantile_of(record, name) for name in names]
+    assert [entry and round(entry.value, 4) for entry in found] == [0.005, None, 0.0025, None, 0.0086]
+    known = found[0]
+    assert known is not None
+    assert timing_of(record, found=replace(known, low=1.0)) == replace(timing_of(record), low=1.0)
 
 
 def test_an_outlier_is_counted_and_stays() -> None:

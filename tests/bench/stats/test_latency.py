@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.stats.latency import effective_count, is_outlier, log_error, paired_ratio, quantile, ratio
+from bench.stats.latency import effective_count, is_outlier, log_error, paired_ratio, quantile, quantiles, ratio
 
 TIMES = st.lists(st.floats(1e-4, 10.0), min_size=5, max_size=40)
 
@@ -49,6 +49,19 @@ def test_high_percentiles_need_many_samples() -> None:
 def test_no_samples() -> None:
     with pytest.raises(ValueError, match="no samples"):
         quantile([])
+
+
+def test_many_percentiles_at_once_are_those_of_one_by_one() -> None:
+    generator = np.random.default_rng(0)
+    rows = [(row(generator, count, 0.8), q) for count in (300, 1, 9, 10, 61, 10) for q in (0.05, 0.5, 0.95)]
+    rows += [(row(generator, 12), 0.5) for _ in range(300)]
+    rows += [(np.ones(12), 0.5)]
+    rows = [rows[place] for place in generator.permutation(len(rows))]
+    found = quantiles(rows)
+    assert found == [quantile(samples, q) for samples, q in rows]
+    assert {entry.effective_count for entry in found if entry.count in (1, 9)} == {1.0, 9.0}
+    with pytest.raises(ValueError, match="no samples"):
+        quantiles([*rows, ([], 0.5)])
 
 
 def test_log_error_by_hand() -> None:
