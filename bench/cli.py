@@ -186,7 +186,7 @@ def _run(suite: Suite, plan: Plan, store: Store, data_root: Path | None) -> int:
 def _report(suite: Suite, plan: Plan, store: Store, machine: str, console: Console) -> None:
     """Write the suite's tables and plots beside the records, and print the tables."""
     from bench.report.build import FOLDER, build_plots, build_tables, read_records, select, write_plots, write_tables
-    from bench.report.tables import to_terminal
+    from bench.report.terminal import to_terminal
 
     records = read_records(store.root, suite.name).get(machine)
     if not records:

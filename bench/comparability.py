@@ -101,8 +101,8 @@ def _differ(name: str, old: Any, new: Any) -> Iterator[str]:
 def _mapping(record: Record, *path: str) -> Mapping[str, Any]:
     found: Any = record
     for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+        found = found.get(name) if isinstance(found, dict | Mapping) else None  # a dict is told in a tenth of the time
+    return found if isinstance(found, dict | Mapping) else {}
 
 
 def _section(base: Record, head: Record, section: str, *, skip: tuple[str, ...] = ()) -> Iterator[str]:

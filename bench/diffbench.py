@@ -97,7 +97,7 @@ def table(
     """Write a suite's tables as Markdown, CSV and LaTeX, and show them; with `claims:` in it, the paper's tables."""
     from rich.console import Console
 
-    from bench.report.tables import to_terminal
+    from bench.report.terminal import to_terminal
 
     if Path(suite).suffix in {".yaml", ".yml"} and not (overrides or only or machine):
         from bench.suite import load_suite
@@ -242,7 +242,7 @@ def _paper(suite: Suite, results: Path, claims: Path, out: Path | None, print_fo
     from bench.claims import load_claims
     from bench.ledger import check_ties, find_records
     from bench.report.paper import layout_table, paper_tables, write_paper
-    from bench.report.tables import to_terminal
+    from bench.report.terminal import to_terminal
 
     known = load_claims(claims)
     check_ties(suite, known)

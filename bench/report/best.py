@@ -62,10 +62,13 @@ def _comparable_sets(cells: Cells) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     """By key, what is equal for cells whose values can be compared."""
     sets = image_sets([record for records in cells.values() for record in records])
     found = {}
+    rules: dict[int, tuple[str, ...]] = {}  # by the section's identity: most records share one
     for key, records in cells.items():
         data = records[0].get("config", {}).get("data", {})
+        if id(data) not in rules:
+            rules[id(data)] = tuple(str(data.get(name)) for name in IMAGES_AND_LABELS)
         # AP under other rules is another number, also on images of the same ids.
-        found[key] = (*(str(data.get(name)) for name in IMAGES_AND_LABELS), place_of_images(records, sets))
+        found[key] = (*rules[id(data)], place_of_images(records, sets))
     return found
 
 

@@ -224,17 +224,15 @@ def _axes_of_reports(records: Sequence[Record]) -> list[str]:
 
 
 def _main_metric(records: Sequence[Record]) -> str | None:
+    """Mask AP, else box AP, else the first metric of the finished runs that any run has measured."""
+
+    def is_there(name: str) -> bool:
+        return any(record.get("metrics", {}).get(name, {}).get("value") is not None for record in records)
+
+    if (score := next(filter(is_there, ("segm/AP", "bbox/AP")), None)) is not None:
+        return score
     known = metric_names([record for record in records if record.get("status") == "ok"]) or metric_names(records)
-    measured = {
-        name
-        for record in records
-        for name, entry in record.get("metrics", {}).items()
-        if entry.get("value") is not None
-    }
-    for name in ("segm/AP", "bbox/AP"):
-        if name in measured:
-            return name
-    return next((name for name in known if name in measured), None)
+    return next(filter(is_there, known), None)
 
 
 def _as_dicts(specs: Iterable[Any]) -> list[dict[str, Any]]:

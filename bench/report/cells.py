@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 from bench.report.metrics import axis_text
@@ -113,7 +114,7 @@ def axis_value(record: Record, name: str) -> Any:
 @once
 def metric_names(records: Sequence[Record]) -> list[str]:
     """Every metric name in the records, in order of first appearance, measured or not."""
-    return list(dict.fromkeys(name for record in records for name in record.get("metrics", {})))
+    return list(dict.fromkeys(chain.from_iterable(record.get("metrics", ()) for record in records)))
 
 
 def is_metric(records: Sequence[Record], name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Tables out of records: a `Table` is built once, then written as Markdown, CSV, LaTeX or for the terminal.
+"""Tables out of records: a `Table` is built once, then written as Markdown, CSV or LaTeX.
 
 Pure functions: the same records give the same text. AP is shown x100; failed, skipped, missing and not measured are
 four different entries, and every one is explained below the table.
@@ -10,9 +10,9 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.report.best import Best, find_best
 from bench.report.cells import (
@@ -37,13 +37,9 @@ from bench.report.cells import (
     varying_axes,
 )
 from bench.report.conditions import conditions
-from bench.report.latency import quantile_of
+from bench.report.latency import quantiles_of
 from bench.report.metrics import Style, axis_label, axis_text, csv_field, style_of
 from bench.stats.paired import image_sets
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table as RichTable
 
 # The columns of a long table that does not name its own; a column that no record knows is left out.
 LONG_METRICS = (
@@ -189,14 +185,14 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
     spans = {name: _Spans.of(values[name, key] for key in groups) for name in names}
     styles = {name: style_of(name, unit_of(records, name)) for name in names}
     with_ends = [name for name in names if styles[name].quantiles]
-    within = {(name, key): _within_run(found, name) for name in with_ends for key, found in groups.items()}
-    timed = {name for (name, _), ends in within.items() if ends is not None}
+    within = _within_runs(groups, with_ends)
+    timed = {name for name, _ in within}
     body = []
     for key in _row_keys(records, axes):
         entries = []
         for name in names:
             style, is_best = styles[name], (name, key) in best.cells
-            ends = within[name, key] or (None, None) if name in timed else None
+            ends = within.get((name, key), (None, None)) if name in timed else None
             entry = _entry(values[name, key], style, spans[name], quantiles=style.quantiles, ends=ends, is_best=is_best)
             entries.append(entry)
         body.append((*(_key_entry(part) for part in key), *_said_once(entries)))
@@ -211,9 +207,17 @@ def long_table(records: Sequence[Record], *, metrics: Sequence[str] = (), title:
     )
 
 
+def headings(table: Table) -> list[str]:
+    """What stands over the columns, with units; the last key column also names the axis over the values."""
+    texts = [f"{column.label} ({column.unit})" if column.unit else column.label for column in table.columns]
+    if table.column_axis and table.num_keys:
+        texts[table.num_keys - 1] += f" ↓ · {table.column_axis} →"
+    return texts
+
+
 def to_markdown(table: Table) -> str:
     """A GitHub table whose source is aligned too, so that it reads well as text; title, notes and conditions around."""
-    header = [_markdown_escape(text) for text in _headings(table)]
+    header = [_markdown_escape(text) for text in headings(table)]
     body = [[_markdown_entry(entry) for entry in row] for row in table.rows]
     widths = [max(3, *(len(line[i]) for line in [header, *body])) for i in range(len(header))]
 
@@ -269,51 +273,6 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, "\\end{table}"]) + "\n"
 
 
-def to_terminal(table: Table) -> TerminalTable:
-    """The table for a terminal, states coloured, notes and conditions under it; print it with a rich Console."""
-    return TerminalTable(table)
-
-
-@dataclass(frozen=True)
-class TerminalTable:
-    """A table that knows the width it is printed at: where there is no room for ranges, it shows the medians alone."""
-
-    table: Table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.measure import Measurement
-        from rich.text import Text
-
-        shown, notes = self._build(ranges=True), [*self.table.notes]
-        if Measurement.get(console, options.update(width=10_000), shown).maximum > options.max_width:
-            shown = self._build(ranges=False)
-            if any(entry.short != entry.text for row in self.table.rows for entry in row):
-                notes.append("Ranges need a wider terminal; the files have them.")
-        yield shown
-        yield Text("\n".join([*notes, " · ".join(self.table.conditions)]).strip() + "\n", style="dim")
-
-    def _build(self, *, ranges: bool) -> RichTable:
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        colours: dict[State, str] = {"failed": "bold red", "skipped": "yellow", "missing": "yellow"}
-        # No edge and two spaces between columns: ten of them fit 80 characters.
-        look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
-        shown = RichTable(title=Text(self.table.title, style="bold"), title_justify="left", **look)
-        for heading, column in zip(_headings(self.table), self.table.columns):
-            # In a narrow terminal a heading takes a line per word, so that the numbers decide the width.
-            text = heading if ranges or self.table.column_axis else heading.replace(" ", "\n")
-            shown.add_column(Text(text), justify="right" if column.align_right else "left")
-        for row in self.table.rows:
-            texts = [
-                (entry.text if ranges else entry.short, "bold" if entry.is_best else colours.get(entry.state, ""))
-                for entry in row
-            ]
-            shown.add_row(*(Text(text, style=style, no_wrap=True) for text, style in texts))
-        return shown
-
-
 def _default_metrics(records: Sequence[Record], known: Sequence[str]) -> list[str]:
     names = [name for name in LONG_METRICS if name in known]
     memory = "peak_memory_bytes/cuda_allocated"
@@ -364,12 +323,18 @@ class _Spans:
         return (f"{name}{unit}", f"{name} ±{unit}", f"{name} ± over") if self.over else (f"{name}{unit}",)
 
 
-def _within_run(cell: Sequence[Record], name: str) -> tuple[float, float] | None:
-    """The 95 % interval of a latency of a cell of one run; None where there is none to tell."""
-    if len(cell) != 1 or not is_measured(cell[0], name):
-        return None
-    found = quantile_of(cell[0], name)
-    return None if found is None or found.low is None or found.high is None else (found.low, found.high)
+def _within_runs(
+    groups: Mapping[tuple[Any, ...], Sequence[Record]], names: Sequence[str]
+) -> dict[tuple[str, tuple[Any, ...]], tuple[float, float]]:
+    """(name, key) -> 95 % interval of a latency of a cell of one run, where there is one to tell."""
+    single = {key: cell[0] for key, cell in groups.items() if len(cell) == 1}
+    wanted = [(name, key) for name in names for key, record in single.items() if is_measured(record, name)]
+    found = zip(wanted, quantiles_of([(single[key], name) for name, key in wanted]))
+    return {
+        place: (entry.low, entry.high)
+        for place, entry in found
+        if entry is not None and entry.low is not None and entry.high is not None
+    }
 
 
 def _metric_column(name: str, style: Style, spans: _Spans, *, has_ends: bool = False) -> Column:
@@ -557,55 +522,55 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _headings(table: Table) -> list[str]:
-    texts = [f"{column.label} ({column.unit})" if column.unit else column.label for column in table.columns]
-    if table.column_axis and table.num_keys:
-        texts[table.num_keys - 1] += f" ↓ · {table.column_axis} →"
-    return texts
+_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
+_MARKDOWN = re.compile(r"([\\`*|<>\[\]~&])")
+_OUTER_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # inside a word it is plain text
 
 
 def _one_line(text: str) -> str:
     """Line breaks and control characters would break a table's row."""
-    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
+    return text if text.isprintable() else _BREAKS.sub(" ", text)
 
 
 def _markdown_escape(text: str) -> str:
-    text = re.sub(r"([\\`*|<>\[\]~&])", r"\\\1", _one_line(text))
-    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # inside a word it is plain text
+    text = _MARKDOWN.sub(r"\\\1", _one_line(text))
+    return _OUTER_UNDERSCORE.sub(r"\\_", text) if "_" in text else text
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\char34{}",
-    "[": r"{[}",  # after \\ a bare bracket would be read as a length
-    "]": r"{]}",
-    "*": r"{*}",  # after \\ a bare star would be read as part of it
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "–": "--",
-    "✗": r"$\times$",
-    "○": r"$\circ$",
-    "↓": r"$\downarrow$",
-    "→": r"$\rightarrow$",
-    "≠": r"$\neq$",
-}
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\char34{}",
+        "[": r"{[}",  # after \\ a bare bracket would be read as a length
+        "]": r"{]}",
+        "*": r"{*}",  # after \\ a bare star would be read as part of it
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "·": r"$\cdot$",
+        "–": "--",
+        "✗": r"$\times$",
+        "○": r"$\circ$",
+        "↓": r"$\downarrow$",
+        "→": r"$\rightarrow$",
+        "≠": r"$\neq$",
+    }
+)
 
 
 def _latex_escape(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+    return _one_line(text).translate(_LATEX)
 
 
 def _latex_heading(column: Column) -> str:

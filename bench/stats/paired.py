@@ -32,7 +32,7 @@ def image_sets(records: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, s
 def _image_set(record: Mapping[str, Any]) -> tuple[int | None, str]:
     """What a record itself says of its images."""
     count = record.get("metrics", {}).get("num_images", {}).get("value")
-    return count, min({entry["images"] for entry in record.get("resamples", {}).values()}, default="")
+    return count, min((entry["images"] for entry in record.get("resamples", {}).values()), default="")
 
 
 def _different(sets: Iterable[tuple[int | None, str]]) -> list[tuple[int | None, str]]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from report_records import make_grid, make_record, with_error
 from rich.console import Console
 
-from bench.report.tables import grid_table, long_table, to_csv, to_latex, to_markdown, to_terminal
+from bench.report.tables import grid_table, long_table, to_csv, to_latex, to_markdown
+from bench.report.terminal import to_terminal
 
 CONDITIONS = (
     "suite quickstart · data shapes, 200 validation images of 96 px · backbone tiny, 3 stages · "
@@ -174,25 +175,6 @@ def test_two_commits_are_not_mixed_silently() -> None:
     other["environment"] = {**other["environment"], "commit": "fedcba9876543210", "dirty": True}
     text = to_markdown(long_table([make_record(1), other]))
     assert "commit 0123456789 / fedcba9876 with uncommitted changes" in text
-
-
-def test_terminal_table_shows_every_entry() -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(to_terminal(_grid(make_grid())))
-    text = console.export_text()
-    assert all(word in text for word in ("31.0", "✗ failed", "○ skipped", "? missing", "out of memory"))
-
-
-@pytest.mark.parametrize(("width", "shown"), [(160, "21.4 (19.2–26.7)"), (80, "21.4")])
-def test_a_narrow_terminal_shows_medians_without_ranges(width: int, shown: str) -> None:
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(to_terminal(long_table(make_grid())))
-    lines = console.export_text().splitlines()
-    # Sampling steps 4, 50 proposals.
-    (row,) = [line for line in lines if line.split()[:2] == ["4", "50"]]
-    assert shown in row
-    assert ("(" in row) == ("(" in shown)
-    assert any("Ranges need a wider terminal" in line for line in lines) == (width == 80)
 
 
 @pytest.mark.parametrize("write", [to_markdown, to_csv, to_latex])
