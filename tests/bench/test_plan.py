@@ -163,6 +163,7 @@ OTHER_VALUES: dict[str, Any] = {
     "schedule": "cosine",
     "schedule_steps": [1, 2],
     "precision": "fp32",
+    "inference_precision": "bf16",
     "proposal_padding": "repeat",
     "matcher": "released",
     "empty_batch_loss": "released",
