@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from diffinst.ops.linear import prepare_linear
 
 # Generated filters alive at once in inference on a CPU, in elements (16 MiB in float32): they should stay in the cache,
 # and memory of this size is used again where larger blocks are mapped anew each time, page by page.
 _FILTER_ELEMENTS_CPU = 2**22
+# And in training (64 MiB): of more than this, parts are computed again in the backward instead of being kept.
+_FILTER_ELEMENTS_TRAINING_CPU = 2**24
 
 
 class DynamicConv(nn.Module):
@@ -35,17 +40,32 @@ class DynamicConv(nn.Module):
     def forward(self, proposal_features: Tensor, roi_features: Tensor) -> Tensor:
         """(R, D) proposal features and (R, D, r, r) RoI features of the same R proposals -> (R, D)."""
         num_proposals = len(proposal_features)
+        is_training = torch.is_grad_enabled()
         num_parts = 1
-        if proposal_features.device.type == "cpu" and not torch.is_grad_enabled():
-            num_parts = -(-num_proposals * self.generate.out_features // _FILTER_ELEMENTS_CPU)
-            num_parts = max(1, min(num_parts, num_proposals))
-        generate, out = (prepare_linear(layer, num_proposals) for layer in (self.generate, self.out))
+        if proposal_features.device.type == "cpu":
+            elements = _FILTER_ELEMENTS_TRAINING_CPU if is_training else _FILTER_ELEMENTS_CPU
+            num_parts = max(1, min(-(-num_proposals * self.generate.out_features // elements), num_proposals))
         x = roi_features.flatten(2).transpose(1, 2)  # (R, r*r, D)
-        parts = [
-            out(self._interact(generate(features), pixels).flatten(1))
-            for features, pixels in zip(proposal_features.tensor_split(num_parts), x.tensor_split(num_parts))
-        ]
+        pairs = zip(proposal_features.tensor_split(num_parts), x.tensor_split(num_parts))
+        if is_training and num_parts > 1:
+            parts = [
+                checkpoint(self._part, *pair, self.generate, self.out, use_reentrant=False, preserve_rng_state=False)
+                for pair in pairs
+            ]
+        else:
+            generate, out = (prepare_linear(layer, num_proposals) for layer in (self.generate, self.out))
+            parts = [self._part(*pair, generate, out) for pair in pairs]
         return functional.relu(self.out_norm(parts[0] if num_parts == 1 else torch.cat(parts)))
+
+    def _part(
+        self,
+        proposal_features: Tensor,
+        x: Tensor,
+        generate: Callable[[Tensor], Tensor],
+        out: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """(R, D) proposal features and (R, r*r, D) pixels of some proposals -> (R, D) before the last norm."""
+        return out(self._interact(generate(proposal_features), x).flatten(1))
 
     def _interact(self, filters: Tensor, x: Tensor) -> Tensor:
         """(R, 2 * D * dim_dynamic) filters and (R, r*r, D) pixels -> (R, r*r, D)."""

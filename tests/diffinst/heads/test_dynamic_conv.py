@@ -51,6 +51,25 @@ def test_parts_of_the_proposals_give_the_same(monkeypatch: pytest.MonkeyPatch, e
     assert generated == {1: [1] * 7, 100: [3, 2, 2], 10**6: [7]}[elements]
 
 
+@pytest.mark.parametrize(("elements", "num_parts"), [(1, 7), (100, 3), (10**6, 1)])
+def test_parts_in_training_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch, elements: int, num_parts: int
+) -> None:
+    torch.manual_seed(0)
+    conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
+    inputs = torch.randn(7, 6, requires_grad=True), torch.randn(7, 6, 2, 2, requires_grad=True)
+    leaves = [*inputs, *conv.parameters()]
+    expected = torch.autograd.grad(conv(*inputs).square().sum(), leaves)
+    monkeypatch.setattr("diffinst.heads.dynamic_conv._FILTER_ELEMENTS_TRAINING_CPU", elements)
+    calls = []
+    conv.generate.register_forward_hook(lambda *_: calls.append(1))
+    loss = conv(*inputs).square().sum()
+    assert len(calls) == num_parts
+    for gradient, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    assert len(calls) == num_parts * (2 if num_parts > 1 else 1)  # again in the backward
+
+
 def test_no_proposals() -> None:
     conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
     assert conv(torch.zeros(0, 6), torch.zeros(0, 6, 2, 2)).shape == (0, 6)
