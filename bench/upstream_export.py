@@ -33,7 +33,14 @@ _SHOWN = 5
 # Of the same network, the name of the weights that the releases start from; the last of SWINS otherwise.
 _SWIN_SIZES = {ours: size for size, ours in SWINS.items()}
 # Fields that follow from the data set, name files of this project, or never change a result there.
-_LOCAL = {"model.num_classes", "model.weights", "model.backbone_weights", "model.box_pooling", "train.num_workers"}
+_LOCAL = {
+    "model.num_classes",
+    "model.weights",
+    "model.backbone_weights",
+    "model.box_pooling",
+    "model.mask_head_kernel",
+    "train.num_workers",
+}
 
 
 def to_upstream(config: Config, *, weights: str = "") -> str:

@@ -31,7 +31,7 @@ from bench.measure.training import NAME as STEP_NAME
 from bench.measure.training import check_batch, measure_training_steps, step_samples, summarise_steps
 from bench.record import metric
 from bench.server import Input, Job, serve
-from diffinst.build import build_model, seeded_model
+from diffinst.build import build_model, require_device, seeded_model
 from diffinst.checkpoint import load_checkpoint, load_model_weights
 from diffinst.config import Config
 from diffinst.data import catalog
@@ -266,7 +266,13 @@ def run_training_step(job: Job) -> dict[str, Any]:
 
 
 def _begin(job: Job, device: str) -> Moment:
-    """Note what is known of this process before it works; the machine's state is noted with the end, see `_end`."""
+    """Note what is known of this process before it works; the machine's state is noted with the end, see `_end`.
+
+    Raises:
+        ConfigError: the device cannot run what the suite asks for; it would not be known before a training has ended.
+    """
+    if "engine" not in job.node.options:
+        require_device(_config(job).model, device)
     job.describe_process(process_environment(device))
     forget_paths()
     return Moment.now(device)

@@ -19,6 +19,7 @@ from diffinst.heads.mask_branch import MaskBranch
 from diffinst.heads.mask_head import num_mask_params
 from diffinst.heads.released_init import released_init_
 from diffinst.model import DiffusionInst
+from diffinst.ops.mask_head_triton import require_triton
 
 _PREFIX = "backbone."
 _CHECKPOINT = "model/"  # before the names of weights in a checkpoint
@@ -138,10 +139,21 @@ def build_model(config: ModelConfig) -> DiffusionInst:
         box_head=box_head,
         mask_branch=mask_branch,
         mask_head_channels=config.mask_head_channels,
+        mask_head_kernel=config.mask_head_kernel,
         num_classes=config.num_classes,
         num_train_timesteps=config.num_train_timesteps,
         snr_scale=config.snr_scale,
     )
+
+
+def require_device(config: ModelConfig, device: torch.device | str) -> None:
+    """Refuse a device on which the model cannot detect, before any work is done.
+
+    Raises:
+        ConfigError: the fused mask head is asked for where it cannot run.
+    """
+    if config.mask == "dynamic" and config.mask_head_kernel == "triton":
+        require_triton(device, config.mask_feature_channels, config.mask_head_channels)
 
 
 def seeded_model(config: ModelConfig, seed: int) -> DiffusionInst:

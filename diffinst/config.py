@@ -88,6 +88,10 @@ class ModelConfig(Section):
     mask_branch_layers: NonNegativeInt = 4
     mask_feature_channels: PositiveInt = 8
     mask_head_channels: IntTuple = (8, 8)
+    mask_head_kernel: Literal["auto", "torch", "triton"] = added(
+        "auto",
+        description="in detection: matrix products, or one Triton kernel on a GPU; auto: torch, as triton is untimed",
+    )
     mask_norm: Literal["batch", "group"] = "batch"
     snr_scale: PositiveFloat = 2.0
     num_train_timesteps: PositiveInt = 1000

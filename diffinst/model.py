@@ -12,7 +12,7 @@ from diffinst.backbones.fpn import FPN
 from diffinst.diffusion.schedule import NoiseSchedule
 from diffinst.heads.box_head import BoxHead
 from diffinst.heads.mask_branch import MaskBranch
-from diffinst.heads.mask_head import apply_mask_head
+from diffinst.heads.mask_head import MaskHeadKernel, apply_mask_head
 from diffinst.ops.roi import levels_of_table
 from diffinst.structures import Features, HeadOutput, ImageBatch, Sample
 
@@ -26,6 +26,7 @@ class DiffusionInst(nn.Module):
         box_head: built from the pyramid's strides.
         mask_branch: None for boxes only (DiffusionDet, arXiv:2211.09788).
         mask_head_channels: hidden channels of the dynamic mask head.
+        mask_head_kernel: how its masks are computed, see `diffinst.heads.mask_head.apply_mask_head`.
         num_classes: K.
         num_train_timesteps: length of the diffusion process that the box head is trained for, in `self.schedule`.
         snr_scale: boxes are diffused as signals in [-snr_scale, snr_scale].
@@ -42,6 +43,7 @@ class DiffusionInst(nn.Module):
         box_head: BoxHead,
         mask_branch: MaskBranch | None,
         mask_head_channels: Sequence[int] = (8, 8),
+        mask_head_kernel: MaskHeadKernel = "auto",
         num_classes: int,
         num_train_timesteps: int = 1000,
         snr_scale: float = 2.0,
@@ -53,6 +55,7 @@ class DiffusionInst(nn.Module):
         self.mask_branch = mask_branch
         self.num_classes = num_classes
         self.mask_head_channels = tuple(mask_head_channels)
+        self.mask_head_kernel = mask_head_kernel
         self.schedule = NoiseSchedule(num_train_timesteps)
         self.snr_scale = snr_scale
         # Constants of the backbone: they move with the model and stay out of its checkpoints.
@@ -105,4 +108,6 @@ class DiffusionInst(nn.Module):
 
     def mask_logits(self, mask_features: Tensor, mask_params: Tensor, image_index: Tensor | None = None) -> Tensor:
         """(D, H/4, W/4) logits of D instances; see `diffinst.heads.mask_head.apply_mask_head`."""
-        return apply_mask_head(mask_features, mask_params, image_index, channels=self.mask_head_channels)
+        return apply_mask_head(
+            mask_features, mask_params, image_index, channels=self.mask_head_channels, kernel=self.mask_head_kernel
+        )

@@ -2,15 +2,22 @@
 
 The release repeats the mask features once per instance and runs grouped convolutions. Here the instances of an image
 share them: the first layer of all instances is one matrix product with the features, the others are batched products.
+In inference on a GPU all layers can be one kernel instead (`diffinst.ops.mask_head_triton`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from diffinst.ops import mask_head_triton
+from diffinst.ops.paths import note_path
+
+MaskHeadKernel = Literal["auto", "torch", "triton"]
 
 # Hidden activations per tile of pixels, in elements: on a CPU they should stay in the cache, on a GPU fill the device.
 _TILE_ELEMENTS_CPU = 2**19
@@ -70,11 +77,17 @@ def _logits_of_pixels(pixels: Tensor, mask_params: Tensor, channels: Sequence[in
     return x[:, 0]
 
 
-def _logits_of_image(mask_features: Tensor, mask_params: Tensor, channels: Sequence[int]) -> Tensor:
+def _logits_of_image(
+    mask_features: Tensor, mask_params: Tensor, channels: Sequence[int], kernel: MaskHeadKernel
+) -> Tensor:
     """(C, H, W) features and (D, P) filters -> (D, H, W) logits, by tiles of pixels so that memory stays bounded."""
+    training = torch.is_grad_enabled() and (mask_features.requires_grad or mask_params.requires_grad)
+    if kernel == "triton" and not training:
+        note_path("mask_head", "triton")
+        return mask_head_triton.mask_logits(mask_features, mask_params, channels=channels)
+    note_path("mask_head", "torch")
     pixels = mask_features.flatten(1).contiguous()  # rows of pixels, whatever layout the convolutions left
     num_pixels = pixels.shape[1]
-    training = torch.is_grad_enabled() and (mask_features.requires_grad or mask_params.requires_grad)
     if training:
         tile_elements = _TILE_ELEMENTS_TRAINING
     else:
@@ -103,6 +116,7 @@ def apply_mask_head(
     image_index: Tensor | None = None,
     *,
     channels: Sequence[int] = (8, 8),
+    kernel: MaskHeadKernel = "auto",
 ) -> Tensor:
     """Masks of instances from the mask features of their images.
 
@@ -111,22 +125,25 @@ def apply_mask_head(
         mask_params: (D, P) filters of D instances, see `num_mask_params`.
         image_index: (D,) int64, the image of each instance, rising from 0 to B - 1; not needed for one image.
         channels: of the hidden layers.
+        kernel: "torch" is matrix products; "triton" is one kernel, equal to them to 1e-5, where no gradient is wanted,
+            and matrix products where one is; "auto" is "torch": the kernel was not timed on a GPU yet.
     Returns:
-        (D, H, W) logits in the order of the instances.
+        (D, H, W) logits in the order of the instances; those of the kernel are in float32.
     Raises:
+        ConfigError: "triton" where it cannot run, see `diffinst.ops.mask_head_triton.require_triton`.
         ValueError: the parameters do not fit the channels, or `image_index` is missing, falls or leaves the batch where
             there are several images.
     """
     if mask_features.dim() == 3:
         mask_features = mask_features[None]
     if len(mask_features) == 1:
-        return _logits_of_image(mask_features[0], mask_params, channels)
+        return _logits_of_image(mask_features[0], mask_params, channels, kernel)
     if image_index is None:
         raise ValueError(f"image_index is needed to tell the instances of {len(mask_features)} images apart")
     counts = _instances_per_image(image_index, len(mask_features))
     return torch.cat(
         [
-            _logits_of_image(features, params, channels)
+            _logits_of_image(features, params, channels, kernel)
             for features, params in zip(mask_features, mask_params.split(counts))
         ]
     )

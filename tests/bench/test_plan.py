@@ -145,6 +145,7 @@ OTHER_VALUES: dict[str, Any] = {
     "mask_norm": "group",
     "mask_head_channels": [4],
     "box_pooling": "bags",
+    "mask_head_kernel": "triton",
     "tta_merge": "nms",
     "tta_shortest_edges": list(range(100, 1400, 100)),
     "tta_min_box_sizes": [],

@@ -99,6 +99,11 @@ def test_what_the_release_cannot_have(changes: dict[str, Any], message: str) -> 
     assert "\n" not in str(raised.value)
 
 
+def test_what_only_rounding_tells_is_left_out() -> None:
+    same = {"model__box_pooling": "bags", "model__mask_head_kernel": "triton"}
+    assert to_upstream(released(**same)) == to_upstream(released())
+
+
 def test_the_intended_behaviour_is_not_the_released_one() -> None:
     with pytest.raises(
         BenchError, match=r"model.init is 'fixed', there 'released'; .* and \d more. .*preset: released"

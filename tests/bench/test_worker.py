@@ -164,7 +164,7 @@ def test_conditions_are_noted_at_start_and_end_of_each_node(found: list[RunRecor
             assert seen["matmul_dtypes"] == ["float32"]
             assert seen["level"] == "bitwise", seen
         assert "determinism" not in conditions["latency"]
-        with_masks = {"masks": ["whole"]} if record.axes["mask"] == "dynamic" else {}
+        with_masks = {"mask_head": ["torch"], "masks": ["whole"]} if record.axes["mask"] == "dynamic" else {}
         for kind in ("predict", "latency"):
             # Small layers are left to torch.
             assert conditions[kind]["paths"] == {
@@ -302,6 +302,15 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     job = Job(node, tmp_path, inputs={}, environment={}, report=lambda event: None)
     with pytest.raises(ConfigError, match="--device cuda:99: cannot be used here"):
         run_train(job)
+
+
+def test_a_device_that_cannot_detect_is_one_line_before_anything_is_trained(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, "mask_head_kernel=triton", "num_proposals=5")
+    node = next(node for node in plan.nodes.values() if node.kind == "train")
+    source = Input("dataset", "dataset", tmp_path, {}, outputs={})
+    with pytest.raises(ConfigError, match="mask_head_kernel 'triton'") as caught:
+        run_train(Job(node, tmp_path, inputs={"dataset": source}, environment={}, report=lambda event: None))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_worker_forks_with_one_thread_and_no_cuda() -> None:

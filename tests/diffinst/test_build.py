@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffinst.backbones.registry import BACKBONES
 from diffinst.backbones.tiny import Tiny
-from diffinst.build import build_backbone, build_model, load_backbone_weights, seeded_model
+from diffinst.build import build_backbone, build_model, load_backbone_weights, require_device, seeded_model
 from diffinst.config import ModelConfig
 from diffinst.errors import CheckpointError, ConfigError
 
@@ -55,6 +55,7 @@ def test_every_size_reaches_its_module() -> None:
         mask_branch_layers=2,
         mask_feature_channels=6,
         mask_head_channels=(5, 4),
+        mask_head_kernel="triton",
         mask_norm="group",
         snr_scale=1.5,
         num_train_timesteps=50,
@@ -76,12 +77,23 @@ def test_every_size_reaches_its_module() -> None:
     assert len(model.mask_branch.tower) == 2
     assert isinstance(model.mask_branch.tower[0][1], torch.nn.GroupNorm)
     assert (model.num_classes, model.snr_scale, model.mask_head_channels) == (7, 1.5, (5, 4))
+    assert model.mask_head_kernel == "triton"
     assert model.schedule.num_timesteps == 50
 
 
 def test_class_count_is_needed() -> None:
     with pytest.raises(ConfigError, match="num_classes is not set"):
         build_model(ModelConfig(backbone="tiny"))
+
+
+def test_a_device_that_cannot_detect_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list = []
+    monkeypatch.setattr("diffinst.build.require_triton", lambda *arguments: asked.append(arguments))
+    require_device(ModelConfig(), "cpu")
+    require_device(ModelConfig(mask_head_kernel="triton", mask="none"), "cpu")
+    assert not asked
+    require_device(ModelConfig(mask_head_kernel="triton", mask_feature_channels=4), "cuda:1")
+    assert asked == [("cuda:1", 4, (8, 8))]
 
 
 def test_seed_decides_the_weights_and_nothing_else_changes() -> None:

@@ -137,6 +137,16 @@ def test_a_checkpoint_of_other_classes_is_refused(config_file: Path, capsys: pyt
     assert "made for 4 classes" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_the_device_cannot_run_is_refused(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = ["--set", "iterations=1", "--set", "mask_head_kernel=triton"]
+    assert main(["train", "config.yaml", "--out", "run", "--device", "cpu", *settings]) == 0  # training takes torch
+    capsys.readouterr()
+    assert main(["evaluate", "run/model.safetensors", "--out", "scores", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diffinst: mask_head_kernel 'triton'")
+    assert not Path("scores").exists()  # before any image
+
+
 def test_a_checkpoint_of_as_many_but_other_classes_is_refused(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     main(["train", "config.yaml", "--out", "run", "--device", "cpu", "--set", "iterations=1"])
     loaded = load_checkpoint(Path("run/model.safetensors"))

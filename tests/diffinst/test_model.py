@@ -96,6 +96,14 @@ def test_whole_training_forward_parity() -> None:
         assert_close(value, fixture[name], rtol=1e-4, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_the_mask_head_is_computed_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list = []
+    monkeypatch.setattr("diffinst.model.apply_mask_head", lambda *_, **named: asked.append(named))
+    for kernel in ("auto", "torch", "triton"):
+        _tiny(mask_head_kernel=kernel).mask_logits(torch.zeros(8, 2, 2), torch.zeros(1, 153))
+    assert [named["kernel"] for named in asked] == ["auto", "torch", "triton"]
+
+
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 80])
 def test_every_parameter_has_a_gradient(num_classes: int) -> None:
     model = _tiny(num_classes=num_classes)

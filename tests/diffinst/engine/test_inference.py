@@ -183,10 +183,11 @@ def test_noise_belongs_to_the_image():
 
 
 @pytest.mark.gpu
-def test_gpu_equals_cpu(model):
+@pytest.mark.parametrize("mask_head_kernel", ["torch", "triton"])
+def test_gpu_equals_cpu(model, mask_head_kernel):
     settings = SamplerConfig(num_proposals=30)
     expected = detect_ids(model, [7, 42], settings)
-    found = detect_ids(make_model().cuda(), [7, 42], settings)
+    found = detect_ids(make_model(mask_head_kernel=mask_head_kernel).cuda(), [7, 42], settings)
     for image_id, detections in found.items():
         assert_same_detections(detections.to("cpu"), expected[image_id])
 
