@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from bench.measure.flops import count_flops, count_parameters
+from diffinst.ops.linear import prepare_linear
 
 
 def test_parameters_count_once_buffers_never() -> None:
@@ -29,3 +31,13 @@ def test_a_multiply_add_is_two_operations() -> None:
 
 def test_nothing_costs_nothing() -> None:
     assert count_flops(lambda: None) == 0
+
+
+def test_linear_layers_by_another_operator_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_PACK_FROM_ROWS", "_PACK_FROM_WEIGHTS"):
+        monkeypatch.setattr(f"diffinst.ops.linear.{name}", 0)
+    layer, x = nn.Linear(5, 3), torch.ones(7, 5)
+    with torch.inference_mode():
+        prepared = prepare_linear(layer, 7)
+        assert prepared is not layer
+        assert count_flops(lambda: prepared(x)) == count_flops(lambda: layer(x)) == 2 * 7 * 5 * 3
