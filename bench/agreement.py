@@ -30,7 +30,8 @@ class Agreement:
 
     base, head: detections of either run. unmatched: the first of those without a twin: side, image id, category id,
     score. largest_box_px: of any side, in pixels of the file. masks: pairs that have masks; identical_masks: of them,
-    those equal to the last pixel; smallest_mask_iou: 1 where there are none.
+    those equal to the last pixel; smallest_mask_iou: 1 where there are none; most_pixels: by which one differs from its
+    twin, which tells a small mask with one pixel more from another mask.
     """
 
     images: int = 0
@@ -42,6 +43,7 @@ class Agreement:
     masks: int = 0
     identical_masks: int = 0
     smallest_mask_iou: float = 1.0
+    most_pixels: int = 0
     unmatched: list[tuple[str, int, int, float]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -117,7 +119,9 @@ def _compare_masks(base: dict[str, Any], head: dict[str, Any], found: Agreement)
         )
     union = int((mine | other).sum())
     iou = int((mine & other).sum()) / union if union else 1.0
-    found.identical_masks += int((mine == other).all())
+    pixels = int((mine != other).sum())
+    found.identical_masks += int(pixels == 0)
+    found.most_pixels = max(found.most_pixels, pixels)
     found.smallest_mask_iou = min(found.smallest_mask_iou, iou)
 
 

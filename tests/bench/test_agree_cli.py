@@ -45,7 +45,7 @@ def test_the_same(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "detections  3 and 3, 3 of them twins (same class, box within 1 px)\n"
         "boxes       at most 0 px apart\n"
         "scores      at most 0 apart\n"
-        "masks       3 of 3 identical, IoU at least 1.00000\n"
+        "masks       3 of 3 identical, the others by at most 0 pixels, IoU at least 1.00000\n"
         "the same, within the limits\n"
     )
     kept = json.loads((tmp_path / "found.json").read_text())

@@ -36,6 +36,7 @@ def test_differences_by_hand() -> None:
     assert found.largest_score_difference == pytest.approx(0.1)
     assert (found.masks, found.identical_masks) == (1, 0)
     assert found.smallest_mask_iou == pytest.approx(0.99)
+    assert found.most_pixels == 1
     assert judge(found, max_box_px=0.25, min_mask_iou=0.99) == []
     assert judge(found, max_box_px=0.2, min_mask_iou=0.999) == [
         "a box is 0.25 px off, more than 0.2",
