@@ -58,8 +58,8 @@ def agreement_text(found: Agreement) -> str:
         f"{MATCH_PX:g} px)",
         f"boxes       at most {found.largest_box_px:.2g} px apart",
         f"scores      at most {found.largest_score_difference:.2g} apart",
-        f"masks       {found.identical_masks} of {found.masks} identical, the others by at most {found.most_pixels} pixels, "
-        f"IoU at least {found.smallest_mask_iou:.5f}",
+        f"masks       {found.identical_masks} of {found.masks} identical, the others by at most {found.most_pixels} pixels,"
+        f" IoU at least {found.smallest_mask_iou:.5f}",
     ]
     lines += [
         f"no twin     {side}: image {image_id}, category {category_id}, score {score:.4f}"
