@@ -32,22 +32,43 @@ _samples = once(describe_samples)
 @once
 def _without_times(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     """What is told in any case: before the timed images, and after them."""
-    counts = _image_counts(records)
+    some = _distinct(records)
+    counts = _image_counts(some)
     before = [
-        _each(records, "suite", lambda record: record.get("suite")),
-        _each(records, "", lambda record: _data(record, counts)),
-        _each(records, "", _model),
-        _each(records, "", _training),
+        _each(some, "suite", lambda record: record.get("suite")),
+        _each(some, "", lambda record: _data(record, counts)),
+        _each(some, "", _model),
+        _each(some, "", _training),
         *_fixed_axes(records),
     ]
     after = [
-        _each(records, "", _machine),
-        _each(records, "", _software),
-        _each(records, "environment", lambda record: record.get("environment_id")),
+        _each(some, "", _machine),
+        _each(some, "", _software),
+        _each(some, "environment", lambda record: record.get("environment_id")),
         _each(records, "", _determinism),
-        _each(records, "commit", _commit),
+        _each(some, "commit", _commit),
     ]
     return before, after
+
+
+def _distinct(records: Sequence[Record]) -> list[Record]:
+    """The first record of each combination of what is told of one, up to the sampler and the conditions of its run.
+
+    Sections count by identity, which is fast and tells enough: most records of a report share theirs.
+    """
+    found: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        config, environment = record.get("config", {}), record.get("environment", {})
+        key = (
+            record.get("suite"),
+            record.get("environment_id"),
+            _images(record),
+            *record.get("axes", ()),
+            *(part for name, section in config.items() if name != "sampler" for part in (name, id(section))),
+            *(part for name, section in environment.items() if name != "conditions" for part in (name, id(section))),
+        )
+        found.setdefault(key, record)
+    return list(found.values())
 
 
 def _each(records: Sequence[Record], name: str, read: Callable[[Record], Any]) -> str:

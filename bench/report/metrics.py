@@ -66,7 +66,7 @@ class Style:
     def format(self, value: float) -> str:
         """`value` in the record's unit -> text in the shown unit; a minus sign never stands before a zero."""
         text = f"{value * self.scale:.{self.digits}f}"
-        return text.lstrip("-") if float(text) == 0 else text
+        return text[1:] if text.startswith("-") and float(text) == 0 else text
 
 
 def style_of(metric: str, unit: str = "") -> Style:

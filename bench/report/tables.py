@@ -359,7 +359,8 @@ def _entry(
         text = _MARKS[value.state] if value.state in {"unmeasured", "absent"} else f"{_MARKS[value.state]} {word}"
         count = (3 if spans.over else 1) + 2 * quantiles + 2 * (ends is not None)
         return Entry(text, (word,) * count, value.state)
-    text, short, range_ = style.format(value.mean), style.format(value.mean), ""
+    text = short = style.format(value.mean)
+    range_ = ""
     if value.half is not None:
         text += f" ± {style.format(value.half)}"
         if len(spans.over) > 1:
@@ -446,7 +447,8 @@ def _notes(
     notes += _warnings(records, metrics)
     incomparable = dict.fromkeys(value.reason for value in values if value.state == "incomparable")
     marked = [f"{_MARKS['incomparable']} not comparable, and not averaged: {reason}." for reason in incomparable]
-    return (*notes, *marked, *absences(records, metrics))
+    is_whole = all(value.count == value.total for value in values)
+    return (*notes, *marked, *(() if is_whole else absences(records, metrics)))
 
 
 @once

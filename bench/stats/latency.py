@@ -96,16 +96,29 @@ def _quantiles(samples: Sequence[Sequence[float]], qs: Sequence[float]) -> list[
     """Of rows of one length."""
     values = np.array(samples, dtype=np.float64)
     ordered = np.sort(values, axis=1)
-    points = [_point(row, q) for row, q in zip(ordered, qs)]
+    count = values.shape[1]
+    # As `_point` of each row.
+    places = (count - 1) * np.array(qs)
+    lows = np.floor(places).astype(np.intp)
+    rows = np.arange(len(qs))
+    left, right = ordered[rows, lows], ordered[rows, np.minimum(lows + 1, count - 1)]
+    points = left + (right - left) * (places - lows)
     found = []
-    for row, q, point, effective in zip(ordered, qs, points, _effective_counts(values, np.array(points))):
-        low, high, _ = _ranks(int(effective), q)
-        ends = (
-            None if low is None else float(row[_stretch(low, int(effective), len(row), math.floor)]),
-            None if high is None else float(row[_stretch(high, int(effective), len(row), math.ceil)]),
-        )
-        found.append(Quantile(q, point, *ends, len(row), effective))
+    for row, q, point, effective in zip(ordered, qs, points.tolist(), _effective_counts(values, points)):
+        low, high = _ends(int(effective), q, count)
+        ends = None if low is None else float(row[low]), None if high is None else float(row[high])
+        found.append(Quantile(q, point, *ends, count, effective))
     return found
+
+
+@cache
+def _ends(effective: int, q: float, count: int) -> tuple[int | None, int | None]:
+    """Where in `count` ordered samples, which are worth `effective` ones, the interval of a percentile ends."""
+    low, high, _ = _ranks(effective, q)
+    return (
+        None if low is None else _stretch(low, effective, count, math.floor),
+        None if high is None else _stretch(high, effective, count, math.ceil),
+    )
 
 
 def log_error(samples: Sequence[float], q: float = 0.5) -> LogError | None:
