@@ -234,12 +234,24 @@ def test_reading_10_000_records(benchmark: Any, real_folder: Path, capsys: Any) 
     within("reading", seconds[0], 3.0, capsys)
 
 
-def test_the_command_that_reads_10_000_records_into_tables(benchmark: Any, real_folder: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("form", ["csv", "all"])
+def test_the_command_that_reads_10_000_records_into_tables(
+    benchmark: Any, real_folder: Path, tmp_path: Path, capsys: Any, form: str
+) -> None:
     seconds: list[float] = []
     run = on_cpu(main, seconds)
-    assert benchmark.pedantic(run, (["table", str(real_folder), "--print", "csv"],), rounds=1, iterations=1) == 0
+    where = ["--print", form] if form == "csv" else ["--out", str(tmp_path)]
+    assert benchmark.pedantic(run, (["table", str(real_folder), *where],), rounds=1, iterations=1) == 0
     assert capsys.readouterr().out.count("\n") > NUM_RECORDS
-    within("table", seconds[0], MAX_SECONDS, capsys)
+    within(f"table, {form}", seconds[0], MAX_SECONDS, capsys)
+
+
+def test_the_command_that_lists_10_000_records(benchmark: Any, real_folder: Path, capsys: Any) -> None:
+    seconds: list[float] = []
+    run = on_cpu(main, seconds)
+    assert benchmark.pedantic(run, (["export", str(real_folder)],), rounds=1, iterations=1) == 0
+    assert capsys.readouterr().out.count("\n") == 1 + NUM_RECORDS
+    within("list", seconds[0], MAX_SECONDS, capsys)
 
 
 def test_the_command_that_reads_and_compares_10_000_records(benchmark: Any, real_folder: Path, capsys: Any) -> None:
