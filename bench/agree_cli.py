@@ -52,14 +52,14 @@ def agree_command(
 
 def agreement_text(found: Agreement) -> str:
     """A line for each thing that was compared."""
+    masks = f"{found.identical_masks} of {found.masks} identical, the others by at most {found.most_pixels} pixels"
     lines = [
         f"images      {found.images}",
         f"detections  {found.base} and {found.head}, {found.matched} of them twins (same class, box within "
         f"{MATCH_PX:g} px)",
         f"boxes       at most {found.largest_box_px:.2g} px apart",
         f"scores      at most {found.largest_score_difference:.2g} apart",
-        f"masks       {found.identical_masks} of {found.masks} identical, the others by at most {found.most_pixels} pixels,"
-        f" IoU at least {found.smallest_mask_iou:.5f}",
+        f"masks       {masks}, IoU at least {found.smallest_mask_iou:.5f}",
     ]
     lines += [
         f"no twin     {side}: image {image_id}, category {category_id}, score {score:.4f}"
