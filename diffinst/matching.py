@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,33 +87,14 @@ def match(
     whwh: Tensor,
     *,
     method: Literal["released", "fixed"] = "fixed",
-    class_loss: Literal["focal", "bce"] = "focal",
-    ota_k: int = 5,
-    class_weight: float = 2.0,
-    l1_weight: float = 5.0,
-    giou_weight: float = 2.0,
-    focal_alpha: float = 0.25,
-    focal_gamma: float = 2.0,
+    **settings: Any,
 ) -> Tensor:
-    """Give each proposal the instance it has to predict, or none; see `claim` for the arguments and `repair`.
+    """Give each proposal the instance it has to predict, or none: `claim`, which takes the settings, and `repair`.
 
     Returns:
         (..., B, N) int64 index of the instance within its image, -1 for background.
     """
-    claims = claim(
-        class_logits,
-        boxes_xyxy,
-        targets,
-        whwh,
-        class_loss=class_loss,
-        ota_k=ota_k,
-        class_weight=class_weight,
-        l1_weight=l1_weight,
-        giou_weight=giou_weight,
-        focal_alpha=focal_alpha,
-        focal_gamma=focal_gamma,
-    )
-    return repair(claims, method).matched_gt()
+    return repair(claim(class_logits, boxes_xyxy, targets, whwh, **settings), method).matched_gt()
 
 
 @torch.no_grad()

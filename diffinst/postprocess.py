@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -209,31 +209,20 @@ def iterate_masks(
     chunk = max(len(mask_params), 1) if by_window else max(1, _MAX_MASK_FLOATS // (height * width))
     if max_pixels is not None:
         chunk = min(chunk, max(1, max_pixels // (original_size[0] * original_size[1])))
+    options: dict[str, Any] = {
+        "stride": stride,
+        "image_size": image_size,
+        "output_size": original_size,
+        "threshold": settings.mask_threshold,
+        "clip": settings.mask_clip,
+        "mirrored": mirrored,
+    }
     for params, boxes in zip(mask_params.split(chunk), boxes_xyxy.split(chunk)):
-        if by_window:
+        if not by_window:
+            yield paste_masks(mask_head(mask_features, params).sigmoid(), boxes, **options)
+            continue
 
-            def probabilities_of(i: int, rows: slice, columns: slice, params: Tensor = params) -> Tensor:
-                return mask_head(mask_features[:, rows, columns], params[i : i + 1])[0].float().sigmoid()
+        def probabilities_of(i: int, rows: slice, columns: slice, params: Tensor = params) -> Tensor:
+            return mask_head(mask_features[:, rows, columns], params[i : i + 1])[0].float().sigmoid()
 
-            yield paste_windows(
-                probabilities_of,
-                boxes,
-                mask_size=(height, width),
-                stride=stride,
-                image_size=image_size,
-                output_size=original_size,
-                threshold=settings.mask_threshold,
-                clip=settings.mask_clip,
-                mirrored=mirrored,
-            )
-        else:
-            yield paste_masks(
-                mask_head(mask_features, params).sigmoid(),
-                boxes,
-                stride=stride,
-                image_size=image_size,
-                output_size=original_size,
-                threshold=settings.mask_threshold,
-                clip=settings.mask_clip,
-                mirrored=mirrored,
-            )
+        yield paste_windows(probabilities_of, boxes, mask_size=(height, width), **options)
