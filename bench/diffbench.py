@@ -142,6 +142,7 @@ def plot(
 
 
 @app.command()
+@collector_paused()
 def export(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="a results folder, or a suite's or a machine's folder in it")

@@ -5,8 +5,9 @@ pandas is loaded on use: tables and plots do without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from bench.errors import RecordError, StoreError
 from bench.plain_record import PlainReader
 from bench.record import collector_paused
 from bench.report.cells import Record, axes_of, metric_names, sort_records
-from bench.report.latency import TOTAL, quantiles_of, timing_of
+from bench.report.latency import TOTAL, marked, quantiles_of
 from bench.report.metrics import axis_text, csv_field
+from bench.stats.latency import count_outliers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +32,7 @@ _COUNTS = {
     "contended": "latency_s/num_contended",
     "throttled": "latency_s/num_throttled",
 }
+_NOTHING: dict[str, Any] = {}
 
 
 def record_files(folder: Path) -> list[Path]:
@@ -78,17 +81,23 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    axes = list(dict.fromkeys(name for record in records for name in axes_of(record)))
-    metrics = metric_names(records)
-    timed = [name for name in metrics if name.startswith("latency_s/")]
-    columns = [column for name in metrics for column in (name, *(_ends(name) if name in timed else ()))]
-    columns += _COUNTS.values() if timed else ()
-    rows = [_row(record, axes, metrics) | more for record, more in zip(records, _timings(records, timed))]
-    frame = pd.DataFrame(rows, columns=[*HEAD, *axes, *columns, *TAIL])
-    for name in axes:  # pandas' own inference would turn whole numbers into fractions where some rows have none
-        frame[name] = pd.array([row[name] for row in rows])
-    # Numbers even where all are missing.
-    return frame.astype(dict.fromkeys([*columns, "duration_s"], "float64"))
+    axes = [axes_of(record) for record in records]
+    facts = [_facts(record) for record in records]
+    measured = [record.get("metrics", {}) for record in records]
+    columns = {name: pd.Series([row[name] for row in facts]) for name in HEAD}
+    for name in dict.fromkeys(chain.from_iterable(axes)):
+        # pandas' own inference would turn whole numbers into fractions where some rows have none.
+        columns[name] = pd.Series(pd.array([_axis_cell(values.get(name)) for values in axes]))
+    names, timings = metric_names(records), _timings(records)
+    for name in names:
+        columns[name] = _numbers(metrics.get(name, _NOTHING).get("value") for metrics in measured)
+        for end in _ends(name) if name.startswith("latency_s/") else ():
+            columns[end] = _numbers(timings.get(end, {}).get(place) for place in range(len(records)))
+    for name in _COUNTS.values() if any(name.startswith("latency_s/") for name in names) else ():
+        columns[name] = _numbers(timings.get(name, {}).get(place) for place in range(len(records)))
+    columns |= {name: pd.Series([row[name] for row in facts]) for name in TAIL}
+    columns["duration_s"] = _numbers(row["duration_s"] for row in facts)
+    return pd.DataFrame(columns)
 
 
 def to_csv_text(frame: pd.DataFrame) -> str:
@@ -116,45 +125,55 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
         raise StoreError(f"{path}: cannot be written ({error.strerror}). Choose another file with --out") from error
 
 
-def _row(record: Record, axes: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def _facts(record: Record) -> dict[str, Any]:
+    """`HEAD` and `TAIL` of a record."""
     environment = record.get("environment", {})
-    values, measured = axes_of(record), record.get("metrics", {})
-    facts = {
+    return {
+        **{name: record.get(name) for name in (*HEAD, *TAIL)},
         "machine": record.get("machine", environment.get("machine")),
         "commit": environment.get("commit"),
         "dirty": environment.get("dirty"),
         "device": environment.get("process", {}).get("device"),
     }
-    return {
-        **{name: record.get(name) for name in (*HEAD, *TAIL)},
-        **facts,
-        **{name: _axis_cell(values.get(name)) for name in axes},
-        **{name: measured.get(name, {}).get("value") for name in metrics},
-    }
+
+
+def _numbers(values: Iterable[float | None]) -> pd.Series:
+    """Numbers even where all are missing."""
+    import pandas as pd
+
+    return pd.Series(list(values), dtype="float64")
 
 
 def _ends(name: str) -> tuple[str, str]:
     return f"{name}/low", f"{name}/high"
 
 
-def _timings(records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each record the ends of the intervals of latencies, and `_COUNTS`, as far as the samples tell them."""
+def _timings(records: Sequence[Record]) -> dict[str, dict[int, float | None]]:
+    """Column -> place of a record -> the end of a latency's interval, or one of `_COUNTS`, as far as samples tell."""
     wanted = [
         (place, record, name)
         for place, record in enumerate(records)
-        for name in names
-        if record.get("metrics", {}).get(name, {}).get("value") is not None
+        for name, entry in record.get("metrics", {}).items()
+        if name.startswith("latency_s/") and entry.get("value") is not None
     ]
-    rows: list[dict[str, Any]] = [{} for _ in records]
-    quantiles = quantiles_of([(record, name) for _, record, name in wanted])
-    for (place, record, name), found in zip(wanted, quantiles):
+    columns: dict[str, dict[int, float | None]] = {}
+    totals = []
+    for (place, record, name), found in zip(wanted, quantiles_of([(record, name) for _, record, name in wanted])):
         if found is None:
             continue
-        rows[place] |= zip(_ends(name), (found.low, found.high))
+        low, high = _ends(name)
+        columns.setdefault(low, {})[place] = found.low
+        columns.setdefault(high, {})[place] = found.high
         if name == TOTAL:
-            timing = timing_of(record, name, found)
-            rows[place] |= {column: getattr(timing, field) for field, column in _COUNTS.items()}
-    return rows
+            totals.append((place, record, found.count))
+    outliers = count_outliers([record["samples"]["latency_s"]["total"] for _, record, _ in totals])
+    for (place, record, count), number in zip(totals, outliers):
+        facts = {"count": count, "outliers": number} | {
+            mark: marked(record, mark) for mark in ("contended", "throttled")
+        }
+        for fact, value in facts.items():
+            columns.setdefault(_COUNTS[fact], {})[place] = value
+    return columns
 
 
 def _axis_cell(value: Any) -> Any:

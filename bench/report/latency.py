@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from bench.report.cells import Record
-from bench.stats.latency import Quantile, is_outlier, quantiles
+from bench.stats.latency import Quantile, count_outliers, quantiles
 
 TOTAL = "latency_s/total"
 _match = lru_cache(maxsize=1024)(re.compile(r"^(latency_s|training_step_s|benchmark_s)/(.*?)(?:/p(\d\d?))?$").match)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Of one metric of one record. value, low, high: of the percentile with its 95 % interval, in seconds.
-
-    low or high is None where the samples are too few for it. outliers, contended, throttled: how many of `count`
-    samples; None where it cannot be told. All of them count in the percentile.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    count: int
-    outliers: int
-    contended: int | None = None
-    throttled: int | None = None
 
 
 def quantile_of(record: Record, metric: str = TOTAL) -> Quantile | None:
@@ -51,20 +31,6 @@ def quantiles_of(wanted: Sequence[tuple[Record, str]]) -> list[Quantile | None]:
     for place, entry in zip(rows, quantiles([*rows.values()])):
         found[place] = entry
     return found
-
-
-def timing_of(record: Record, metric: str = TOTAL, found: Quantile | None = None) -> Timing | None:
-    """What the samples say about 'latency_s/total' or 'latency_s/total/p95'; None where there are none.
-
-    Args:
-        found: what `quantile_of` says of it, where the caller knows it already.
-    """
-    found, match = found or quantile_of(record, metric), _match(metric)
-    if found is None or match is None:
-        return None
-    samples = record["samples"][match[1]][match[2]]
-    marks = {name: marked(record, name, match[1]) for name in ("contended", "throttled")}
-    return Timing(found.value, found.low, found.high, found.count, int(is_outlier(samples).sum()), **marks)
 
 
 def marked(record: Record, mark: str, name: str = "latency_s") -> int | None:
@@ -97,5 +63,5 @@ def describe_samples(records: Iterable[Record]) -> str:
     for mark in ("contended", "throttled"):
         known = [count for record in looked if (count := marked(record, mark)) is not None]
         parts.append(f"{sum(known)} {mark}" if len(known) == len(looked) else f"{mark} not told")
-    outliers = sum(int(np.count_nonzero(is_outlier(values))) for values in samples)
+    outliers = sum(count_outliers(samples))
     return ", ".join([*parts, f"{outliers} outlier{'' if outliers == 1 else 's'}"])

@@ -9,7 +9,7 @@ worth few. What changes from one run to the next cannot be seen in one run: it i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -79,17 +79,22 @@ def quantiles(rows: Sequence[tuple[Sequence[float], float]]) -> list[Quantile]:
     Raises:
         ValueError: there are no samples in one of them.
     """
-    by_length: dict[int, list[int]] = {}
-    for place, (samples, _) in enumerate(rows):
-        by_length.setdefault(len(samples), []).append(place)
-    if 0 in by_length:
+    if any(not len(samples) for samples, _ in rows):
         raise ValueError("no samples")
     found: dict[int, Quantile] = {}
+    for some in _alike([samples for samples, _ in rows]):
+        found |= zip(some, _quantiles([rows[place][0] for place in some], [rows[place][1] for place in some]))
+    return [found[place] for place in range(len(rows))]
+
+
+def _alike(rows: Sequence[Sequence[float]]) -> Iterator[list[int]]:
+    """The places of rows of one length, `_AT_ONCE` at most."""
+    by_length: dict[int, list[int]] = {}
+    for place, samples in enumerate(rows):
+        by_length.setdefault(len(samples), []).append(place)
     for places in by_length.values():
         for start in range(0, len(places), _AT_ONCE):
-            some = places[start : start + _AT_ONCE]
-            found |= zip(some, _quantiles([rows[place][0] for place in some], [rows[place][1] for place in some]))
-    return [found[place] for place in range(len(rows))]
+            yield places[start : start + _AT_ONCE]
 
 
 def _quantiles(samples: Sequence[Sequence[float]], qs: Sequence[float]) -> list[Quantile]:
@@ -97,12 +102,7 @@ def _quantiles(samples: Sequence[Sequence[float]], qs: Sequence[float]) -> list[
     values = np.array(samples, dtype=np.float64)
     ordered = np.sort(values, axis=1)
     count = values.shape[1]
-    # As `_point` of each row.
-    places = (count - 1) * np.array(qs)
-    lows = np.floor(places).astype(np.intp)
-    rows = np.arange(len(qs))
-    left, right = ordered[rows, lows], ordered[rows, np.minimum(lows + 1, count - 1)]
-    points = left + (right - left) * (places - lows)
+    points = _points(ordered, np.array(qs))
     found = []
     for row, q, point, effective in zip(ordered, qs, points.tolist(), _effective_counts(values, points)):
         low, high = _ends(int(effective), q, count)
@@ -229,6 +229,22 @@ def is_outlier(samples: Sequence[float]) -> np.ndarray:
     return marks
 
 
+def count_outliers(rows: Sequence[Sequence[float]]) -> list[int]:
+    """How many samples of each row `is_outlier` marks, in a fraction of the time where rows are of the same length."""
+    found: dict[int, int] = {}
+    for some in _alike(rows):
+        values = np.array([rows[place] for place in some], dtype=np.float64)
+        if not values.size or values.min() <= 0:
+            found |= ((place, int(is_outlier(rows[place]).sum())) for place in some)
+            continue
+        logs = np.log(values)
+        away = np.abs(logs - _medians(logs))
+        spread = _medians(away)
+        marks = _MAD_OF_NORMAL * away / np.where(spread > 0, spread, np.inf) > OUTLIER_LIMIT
+        found |= zip(some, marks.sum(axis=1).tolist())
+    return [found[place] for place in range(len(rows))]
+
+
 def effective_count(samples: Sequence[float] | np.ndarray, q: float = 0.5) -> float:
     """How many independent samples are worth as much as this row, for its q-th quantile; at most its length.
 
@@ -257,8 +273,9 @@ def _effective_counts(values: np.ndarray, points: np.ndarray) -> list[float]:
     pairs = correlations[:, : count - count % 2].reshape(len(values), -1, 2).sum(axis=2)
     # The first pair that is not positive; the place after the last where all are.
     ends = np.where((pairs <= 0).any(axis=1), (pairs <= 0).argmax(axis=1), pairs.shape[1])
-    totals = (float(row[:end].sum()) for row, end in zip(pairs, ends))
-    return [count / max(1.0, 2 * total - 1) if known else float(count) for total, known in zip(totals, varies)]
+    totals = np.where(np.arange(pairs.shape[1]) < ends[:, None], pairs, 0.0).sum(axis=1)
+    worth: list[float] = np.where(varies, count / np.maximum(1.0, 2 * totals - 1), float(count)).tolist()
+    return worth
 
 
 def _point(ordered: np.ndarray, q: float) -> float:
@@ -267,6 +284,22 @@ def _point(ordered: np.ndarray, q: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+def _points(ordered: np.ndarray, qs: np.ndarray) -> np.ndarray:
+    """`_point` of each row (R, N) for its own q (R,)."""
+    count = ordered.shape[1]
+    places = (count - 1) * qs
+    lows = np.floor(places).astype(np.intp)
+    rows = np.arange(len(qs))
+    left, right = ordered[rows, lows], ordered[rows, np.minimum(lows + 1, count - 1)]
+    points: np.ndarray = left + (right - left) * (places - lows)
+    return points
+
+
+def _medians(values: np.ndarray) -> np.ndarray:
+    """(R, 1), of each row."""
+    return _points(np.sort(values, axis=1), np.full(len(values), 0.5))[:, None]
 
 
 @cache

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from report_records import make_record
 
-from bench.report.latency import Timing, describe_samples, disturbed_share, marked, quantile_of, quantiles_of, timing_of
+from bench.report.latency import describe_samples, disturbed_share, marked, quantile_of, quantiles_of
 
 SAMPLES = [0.003, 0.001, 0.002, 0.009, 0.008, 0.007, 0.006, 0.005, 0.004]
 
@@ -25,18 +24,20 @@ def timed(contended: list[int] | None = None, throttled: list[int] | None = None
 
 def test_the_interval_of_a_median_by_hand() -> None:
     # As in tests/bench/stats/test_latency.py: ranks 2 and 8 of nine.
-    assert timing_of(timed([1], [])) == Timing(0.005, 0.002, 0.008, count=9, outliers=0, contended=1, throttled=0)
+    found = quantile_of(timed())
+    assert found is not None
+    assert (found.value, found.low, found.high, found.count) == (0.005, 0.002, 0.008, 9)
 
 
 def test_percentiles_and_scopes_have_their_own() -> None:
     record = timed(total=SAMPLES, head=[value / 2 for value in SAMPLES])
-    found = timing_of(record, "latency_s/head/p95")
+    found = quantile_of(record, "latency_s/head/p95")
     assert found is not None
     assert found.value == pytest.approx(0.0043)  # 0.6 of the way from the 8th to the 9th
-    assert (found.high, found.contended) == (None, None)  # nine samples do not reach beyond their 95th percentile
-    assert timing_of(record, "latency_s/masks") is None
-    assert timing_of(record, "segm/AP") is None
-    assert timing_of(make_record()) is None
+    assert found.high is None  # nine samples do not reach beyond their 95th percentile
+    assert quantile_of(record, "latency_s/masks") is None
+    assert quantile_of(record, "segm/AP") is None
+    assert quantile_of(make_record()) is None
 
 
 def test_many_are_asked_for_at_once() -> None:
@@ -45,16 +46,6 @@ def test_many_are_asked_for_at_once() -> None:
     found = quantiles_of([(record, name) for name in names])
     assert found == [quantile_of(record, name) for name in names]
     assert [entry and round(entry.value, 4) for entry in found] == [0.005, None, 0.0025, None, 0.0086]
-    known = found[0]
-    assert known is not None
-    assert timing_of(record, found=replace(known, low=1.0)) == replace(timing_of(record), low=1.0)
-
-
-def test_an_outlier_is_counted_and_stays() -> None:
-    found = timing_of(timed(total=[0.010, 0.0101, 0.0099, 0.0102, 0.0098, 0.5]))
-    assert found is not None
-    assert (found.outliers, found.count) == (1, 6)
-    assert found.value == pytest.approx(0.01005)
 
 
 def test_shares_are_of_images_that_somebody_looked_at() -> None:
@@ -68,5 +59,7 @@ def test_shares_are_of_images_that_somebody_looked_at() -> None:
 def test_words_for_captions() -> None:
     assert describe_samples([make_record()]) == ""
     assert describe_samples([timed([0], [])]) == "9 timed images, 1 contended, 0 throttled, 0 outliers"
+    slow = timed([], None, total=[0.010, 0.0101, 0.0099, 0.0102, 0.0098, 0.5])
+    assert describe_samples([slow]) == "6 timed images, 0 contended, throttled not told, 1 outlier"
     both = [timed([0], []), timed(None, [1])]
     assert describe_samples(both) == "18 timed images, contended not told, 1 throttled, 0 outliers"

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.stats.latency import effective_count, is_outlier, log_error, paired_ratio, quantile, quantiles, ratio
+from bench.stats.latency import (
+    count_outliers,
+    effective_count,
+    is_outlier,
+    log_error,
+    paired_ratio,
+    quantile,
+    quantiles,
+    ratio,
+)
 
 TIMES = st.lists(st.floats(1e-4, 10.0), min_size=5, max_size=40)
 
@@ -231,6 +240,16 @@ def test_outliers_by_hand() -> None:
     assert is_outlier(samples).tolist() == [False] * 7 + [True]
     # 0.6745 * 10.37 / 2 < 3.5
     assert not is_outlier([*samples[:-1], math.exp(13.8)]).any()
+
+
+def test_many_rows_have_the_outliers_of_each() -> None:
+    generator = np.random.default_rng(0)
+    rows = [generator.standard_cauchy(count) ** 2 for count in (20, 7, 1, 0, 20, 20, 7) for _ in range(80)]
+    rows += [np.ones(7), np.zeros(20), np.array([0.0, *np.exp(generator.standard_cauchy(19))])]
+    rows = [rows[place] for place in generator.permutation(len(rows))]
+    found = count_outliers(rows)
+    assert found == [int(is_outlier(samples).sum()) for samples in rows]
+    assert sum(found) > 100
 
 
 def test_outliers_of_odd_rows() -> None:
