@@ -10,12 +10,13 @@ import typer
 from pydantic_core import from_json
 
 from bench.calibration import NO_NOISE, Noise, calibrate, dump_calibration, load_calibration
+from bench.collector import collector_paused
 from bench.compare import Comparison, compare
 from bench.errors import BenchError, RecordError, StoreError
 from bench.gates import DEFAULT_GATES, Gates, load_gates
 from bench.plain_record import PlainReader
 from bench.pytest_benchmarks import read_benchmarks
-from bench.record import collector_paused, parse_plain
+from bench.record import parse_plain
 from bench.report.cells import Record
 from bench.report.comparison import WRITERS, summary, to_markdown
 from bench.report.frames import record_files

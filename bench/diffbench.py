@@ -16,12 +16,12 @@ import typer
 
 from bench import unexpected
 from bench.agree_cli import agree_command
+from bench.collector import collector_paused
 from bench.compare_cli import calibrate_command, compare_command
 from bench.errors import BenchError, RecordError, SuiteError
 from bench.explain_cli import explain_command
 from bench.pack_cli import pack_command, verify_pack_command
 from bench.race_cli import race_command
-from bench.record import collector_paused
 from bench.report.build import (
     FOLDER,
     REPORTS,

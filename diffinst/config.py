@@ -8,6 +8,7 @@ reproduces the release, and the defaults are the intended ones. `DIFFERENCES.md`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -317,10 +318,16 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 def identity(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a section's values, as JSON, those that tell results apart: all but `added` fields at their default."""
-    defaults = SECTIONS[section]().model_dump(mode="json")
-    extras = {name: field.json_schema_extra for name, field in SECTIONS[section].model_fields.items()}
-    neutral = {name for name, extra in extras.items() if isinstance(extra, dict) and _NEUTRAL in extra}
-    return {name: value for name, value in values.items() if name not in neutral or value != defaults[name]}
+    neutral = _neutral_values(SECTIONS[section])
+    return {name: value for name, value in values.items() if name not in neutral or value != neutral[name]}
+
+
+@cache
+def _neutral_values(section: type[Section]) -> dict[str, Any]:
+    """The `added` fields of a section with their defaults, as JSON."""
+    defaults = section().model_dump(mode="json")
+    extras = {name: field.json_schema_extra for name, field in section.model_fields.items()}
+    return {name: defaults[name] for name, extra in extras.items() if isinstance(extra, dict) and _NEUTRAL in extra}
 
 
 def frozen_at_random(model: ModelConfig) -> str | None:

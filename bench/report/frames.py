@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.collector import collector_paused
 from bench.errors import RecordError, StoreError
 from bench.plain_record import PlainReader
-from bench.record import collector_paused
 from bench.report.cells import Record, axes_of, metric_names, sort_records
 from bench.report.latency import TOTAL, marked, quantiles_of
 from bench.report.metrics import axis_text, csv_field
