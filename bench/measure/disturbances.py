@@ -20,8 +20,10 @@ time of two sides that were disturbed unlike (`UNLIKE_SHARES` there).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +33,7 @@ from typing import Any
 # Of a sample's time; a sample that lost less would be told from an undisturbed one by no gate.
 DISTURBED_SHARE = 0.05
 MARKS = ("contended", "throttled")
+_FRESH_S = 2e-4  # a look at the counters takes a quarter of it
 
 # Reasons for a GPU's clock, as NVML names them, that hold no running kernel back: nothing runs, or somebody chose it.
 _HARMLESS = ("gpu_idle", "applications_clocks_setting", "display_clock_setting", "sync_boost")
@@ -68,43 +71,55 @@ class Watch:
         device: torch device that the samples are taken on.
         throttle: for a GPU, see `Throttle`.
         probe: reads the counters.
+        clock: in seconds.
     """
 
-    def __init__(self, device: str, *, throttle: Throttle | None = None, probe: Callable[[], Probe] | None = None):
+    def __init__(
+        self,
+        device: str,
+        *,
+        throttle: Throttle | None = None,
+        probe: Callable[[], Probe] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self._on_cpu = device.partition(":")[0] == "cpu"
-        self._throttle = throttle
+        self._throttle = None if self._on_cpu else throttle
         self._probe = probe or read_probe
-        self._start = Probe()
-        self._reasons: Sequence[str] | None = None
+        self._clock = clock
+        self._looked_at_s = -math.inf
+        self._last = Probe()
+        self._last_reasons: Sequence[str] | None = None
         self._found: list[Disturbance] = []
 
     def before(self) -> None:
-        """A sample is about to begin."""
-        self._reasons = None if self._on_cpu or self._throttle is None else self._throttle()
-        self._start = self._probe()
+        """A sample is about to begin. Right after another one, what was seen at its end will do."""
+        if self._clock() - self._looked_at_s > _FRESH_S:
+            self._look()
 
     def after(self, elapsed_s: float) -> Disturbance:
         """The sample has ended and took `elapsed_s`."""
-        end = self._probe()
+        start, reasons = self._last, self._last_reasons
+        self._look()
+        end = self._last
         limit = DISTURBED_SHARE * elapsed_s
-        contended = _any(_waited(self._start, end, limit), _rose(self._start.stolen_s, end.stolen_s, limit))
+        contended = _any(_waited(start, end, limit), _rose(start.stolen_s, end.stolen_s, limit))
         if self._on_cpu:
-            held_back = _rose(self._start.held_back_s, end.held_back_s, limit)
-            throttled = _any(held_back, _rose(self._start.heat_events, end.heat_events, 0))
+            held_back = _rose(start.held_back_s, end.held_back_s, limit)
+            throttled = _any(held_back, _rose(start.heat_events, end.heat_events, 0))
         else:
-            throttled = self._gpu_throttled()
+            known = reasons is not None and self._last_reasons is not None
+            throttled = bool(reasons) or bool(self._last_reasons) if known else None
         self._found.append(Disturbance(contended, throttled))
         return self._found[-1]
+
+    def _look(self) -> None:
+        self._last_reasons = None if self._throttle is None else self._throttle()
+        self._last = self._probe()
+        self._looked_at_s = self._clock()
 
     def marks(self) -> dict[str, dict[str, Any]]:
         """'contended' and 'throttled' -> 'samples', the numbers of the marked ones from 0, or None and a 'reason'."""
         return mark_samples(self._found, on_cpu=self._on_cpu)
-
-    def _gpu_throttled(self) -> bool | None:
-        if self._throttle is None or self._reasons is None:
-            return None
-        reasons = self._throttle()
-        return None if reasons is None else bool(self._reasons) or bool(reasons)
 
 
 def held_back(clock_reasons: Sequence[str] | None) -> list[str] | None:

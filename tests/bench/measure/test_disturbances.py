@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -98,13 +99,27 @@ def test_what_holds_a_cpu_back_is_not_said_of_a_gpu() -> None:
 
 def test_marks_are_the_numbers_of_samples() -> None:
     waits = [Probe(waited_s={1: wait}) for wait in (0.0, 0.0, 0.0, 0.5, 0.5, 0.5)]
-    watch = Watch("cpu", probe=probes(*waits))
+    watch = Watch("cpu", probe=probes(*waits), clock=lambda: next(seconds))
+    seconds = itertools.count()
     for _ in range(3):
         watch.before()
         watch.after(1.0)
     assert watch.marks()["contended"] == {"samples": [1], "reason": None}
     assert watch.marks()["throttled"]["samples"] is None
     assert "CPU quota" in watch.marks()["throttled"]["reason"]
+
+
+def test_the_end_of_a_sample_is_the_start_of_one_that_follows_at_once() -> None:
+    waits = [Probe(waited_s={1: wait}) for wait in (0.0, 0.0, 0.5, 0.9, 0.9)]
+    reasons = iter([[], ["heat"], [], [], []])
+    seconds = iter([0.0, 0.0, 1.0, 1.0001, 2.0, 2.001, 3.0, 4.0])
+    watch = Watch("cuda", probe=probes(*waits), throttle=lambda: next(reasons), clock=lambda: next(seconds))
+    for _ in range(3):
+        watch.before()
+        watch.after(1.0)
+    # The third begins a millisecond later: it is looked at again, and did not wait from 0.5 to 0.9.
+    assert watch.marks()["contended"]["samples"] == [1]
+    assert watch.marks()["throttled"]["samples"] == [0, 1]
 
 
 @given(st.lists(st.tuples(st.sampled_from([True, False, None]), st.booleans())), st.booleans())
