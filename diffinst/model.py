@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -89,17 +90,22 @@ class DiffusionInst(nn.Module):
 
     def encode(self, images: Tensor) -> Features:
         """(B, 3, H, W) normalised, padded images -> pyramid and mask features."""
+        features, pyramid = self.encode_boxes(images)
+        return replace(features, mask_features=self.encode_masks(pyramid))
+
+    def encode_boxes(self, images: Tensor) -> tuple[Features, list[Tensor]]:
+        """The first half of `encode`, all that `denoise` needs, and the pyramid that `encode_masks` wants."""
         # Convolutions and box pooling are fastest with the channels innermost, on CPUs and GPUs alike.
         images = images.contiguous(memory_format=torch.channels_last)
         pyramid = list(self.fpn(self.backbone(images)).values())
         table = self.box_head.pixel_table(pyramid)
         if table is not None:
             pyramid = levels_of_table(table, pyramid)
-        return Features(
-            pyramid=self.box_head.lay_out(pyramid),
-            mask_features=None if self.mask_branch is None else self.mask_branch(pyramid),
-            pixel_table=table,
-        )
+        return Features(pyramid=self.box_head.lay_out(pyramid), pixel_table=table), pyramid
+
+    def encode_masks(self, pyramid: list[Tensor]) -> Tensor | None:
+        """The second half: (B, Cm, H/4, W/4) mask features, None without masks."""
+        return None if self.mask_branch is None else self.mask_branch(pyramid)
 
     def denoise(self, features: Features, boxes_xyxy: Tensor, t: Tensor) -> HeadOutput:
         """Predictions of every head stage for noisy boxes (B, N, 4) in pixels at timesteps t (B,)."""

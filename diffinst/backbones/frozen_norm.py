@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from diffinst.ops.recompute import computed_again
+
 
 class ConvFrozenNorm(nn.Conv2d):
     """Convolution without bias and a batch norm whose statistics and affine map are constants.
@@ -42,4 +44,7 @@ class ConvFrozenNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.folded()
-        return self._conv_forward(x, weight, bias)
+        if not weight.requires_grad:
+            return self._conv_forward(x, weight, bias)
+        with computed_again(weight, lambda: self.folded()[0]):
+            return self._conv_forward(x, weight, bias)

@@ -289,15 +289,17 @@ def training_losses(
     whwh = whwh.to(device, non_blocking=True)
     is_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _has_bf16(device))
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
-        features = model.encode(images)
+        features, pyramid = model.encode_boxes(images)
         output = model.denoise(features, boxes_xyxy.to(device, non_blocking=True), t.to(device, non_blocking=True))
+        # Last: its activations are then the first to go in the backward, before the gradients of the head pile up.
+        mask_features = model.encode_masks(pyramid)
     mask_size, mask_stride = None, 4
-    if features.mask_features is not None:
-        height, width = features.mask_features.shape[-2:]
+    if mask_features is not None:
+        height, width = mask_features.shape[-2:]
         mask_size, mask_stride = (height, width), images.shape[-1] // width
     return compute_losses(
         output,
-        features.mask_features,
+        mask_features,
         prepare_targets(targets, mask_size, mask_stride=mask_stride).to(device),
         whwh,
         model.mask_logits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from diffinst.heads.dynamic_conv import DynamicConv
 from diffinst.heads.time_embedding import TimeEmbedding
 from diffinst.ops.boxes import apply_deltas
-from diffinst.ops.roi import BoxPooling, lay_out, pixel_table, pool_boxes
+from diffinst.ops.linear import Linear
+from diffinst.ops.roi import BoxPooling, SharedTable, lay_out, pixel_table, pool_boxes, share_table
 from diffinst.structures import HeadOutput
 
 # The bias that makes every class start at this probability, so that the many negatives do not swamp the focal loss
@@ -23,7 +25,7 @@ PRIOR_BIAS = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
 def _tower(dim: int, num_layers: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(num_layers):
-        layers += [nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU()]
+        layers += [Linear(dim, dim, bias=False), nn.LayerNorm(dim), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -71,7 +73,7 @@ class BoxHeadStage(nn.Module):
         self.dynamic_conv = DynamicConv(dim=dim, dim_dynamic=dim_dynamic, resolution=pooler_resolution)
         self.dynamic_conv_norm = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(
-            nn.Linear(dim, dim_feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim_feedforward, dim)
+            Linear(dim, dim_feedforward), nn.ReLU(), nn.Dropout(dropout), Linear(dim_feedforward, dim)
         )
         self.feedforward_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
@@ -82,7 +84,7 @@ class BoxHeadStage(nn.Module):
         self.class_logits = nn.Linear(dim, num_classes)
         nn.init.constant_(self.class_logits.bias, PRIOR_BIAS)
         self.box_deltas = nn.Linear(dim, 4)
-        self.mask_params = None if num_mask_params is None else nn.Linear(dim, num_mask_params)
+        self.mask_params = None if num_mask_params is None else Linear(dim, num_mask_params)
 
     def forward(
         self,
@@ -90,7 +92,7 @@ class BoxHeadStage(nn.Module):
         boxes_xyxy: Tensor,
         proposal_features: Tensor | None,
         time_embedding: Tensor,
-        table: Tensor | None = None,
+        table: Tensor | SharedTable | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """One refinement.
 
@@ -105,7 +107,8 @@ class BoxHeadStage(nn.Module):
             the first three in float32.
         """
         batch, num_proposals = boxes_xyxy.shape[:2]
-        roi_features = pool_boxes(
+        pool = partial(
+            pool_boxes,
             pyramid,
             self.strides,
             boxes_xyxy,
@@ -113,14 +116,15 @@ class BoxHeadStage(nn.Module):
             sampling_ratio=self.pooler_sampling_ratio,
             method=self.box_pooling,
             table=table,
-        )  # (B*N, D, r, r)
+        )
+        roi_features = pool()  # (B*N, D, r, r)
         if proposal_features is None:
             proposal_features = roi_features.mean(dim=(2, 3)).unflatten(0, (batch, num_proposals))
 
         x = proposal_features
         attended = self.self_attention(x, x, x, need_weights=False)[0]
         x = self.self_attention_norm(x + self.dropout(attended))
-        interacted = self.dynamic_conv(x.flatten(0, 1), roi_features).unflatten(0, (batch, num_proposals))
+        interacted = self.dynamic_conv(x.flatten(0, 1), roi_features, pool).unflatten(0, (batch, num_proposals))
         x = self.dynamic_conv_norm(x + self.dropout(interacted))
         x = self.feedforward_norm(x + self.dropout(self.feedforward(x)))
         proposal_features = x
@@ -209,11 +213,12 @@ class BoxHead(nn.Module):
         boxes_xyxy = boxes_xyxy.float()
         if table is None:
             table = self.pixel_table(pyramid)
+        shared = None if table is None else share_table(table)
         proposal_features: Tensor | None = None
         class_logits, boxes, mask_params = [], [], []
         for stage in self.stages:
             stage_logits, boxes_xyxy, stage_mask_params, proposal_features = stage(
-                pyramid, boxes_xyxy.detach(), proposal_features, time_embedding, table
+                pyramid, boxes_xyxy.detach(), proposal_features, time_embedding, shared
             )
             class_logits.append(stage_logits)
             boxes.append(boxes_xyxy)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torchvision.ops import roi_align
 
 from diffinst.ops.boxes import box_area
@@ -72,6 +73,45 @@ def pixel_table(pyramid: Sequence[Tensor], method: BoxPooling = "auto") -> Tenso
     return table.to(torch.promote_types(table.dtype, torch.float32))  # half-precision weights would shift samples
 
 
+class SharedTable(NamedTuple):
+    """A `pixel_table` that several poolings read, whose gradients are added up in one place, row by row.
+
+    Each by itself would fill a table with zeros, and automatic differentiation would add the tables up.
+
+    rows: (P, C), cut off from the graph. token: a scalar that every pooling depends on, and that depends on the table.
+    total: of the gradients.
+    """
+
+    rows: Tensor
+    token: Tensor
+    total: _Total
+
+
+class _Total:
+    """Gradients of rows of a table, added up."""
+
+    def __init__(self) -> None:
+        self._table: Tensor | None = None
+
+    def add(self, num_rows: int, rows: Tensor, gradients: Tensor) -> None:
+        """Gradients (U, C) of some rows (U,) of a table of so many, each at most once."""
+        if self._table is None:
+            self._table = gradients.new_zeros(num_rows, gradients.shape[1])
+        self._table.index_add_(0, rows, gradients)
+
+    def take(self) -> Tensor | None:
+        """The table (P, C) of what was added since the last time, None if nothing was."""
+        table, self._table = self._table, None
+        return table
+
+
+def share_table(table: Tensor) -> SharedTable:
+    """`table` (P, C) for several calls of `pool_boxes`, whose backwards it makes faster."""
+    total = _Total()
+    token: Tensor = _Shared.apply(table, total)
+    return SharedTable(table.detach(), token, total)
+
+
 def levels_of_table(table: Tensor, pyramid: Sequence[Tensor]) -> list[Tensor]:
     """The pyramid once more, in the memory of its `pixel_table` (channels innermost): the maps themselves can go.
 
@@ -102,7 +142,7 @@ def pool_boxes(
     resolution: int = 7,
     sampling_ratio: int = 2,
     method: BoxPooling = "auto",
-    table: Tensor | None = None,
+    table: Tensor | SharedTable | None = None,
 ) -> Tensor:
     """ROIAlign (arXiv:1703.06870, with the half-pixel offset) of each box on its pyramid level.
 
@@ -116,7 +156,7 @@ def pool_boxes(
         sampling_ratio: samples along each side of a cell.
         method: "roi_align" is torchvision's operator on each level; "bags" is one weighted sum of pixels per cell,
             equal to it to 1e-6; "auto" takes what is faster, "bags" on a CPU and "roi_align" on a GPU.
-        table: `pixel_table` of this pyramid; made here if not given.
+        table: `pixel_table` of this pyramid, as it is or by `share_table`; made here if not given.
     Returns:
         (B*N, C, r, r), image-major; gradients reach the pyramid, not the boxes.
     """
@@ -182,7 +222,7 @@ def _pool_levels_apart(
 
 
 def _pool_by_bags(
-    table: Tensor,
+    table: Tensor | SharedTable,
     pyramid: Sequence[Tensor],
     strides: Sequence[int],
     boxes_xyxy: Tensor,
@@ -216,13 +256,57 @@ def _pool_by_bags(
     weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :] / sampling_ratio**2
     num_bags = len(boxes_xyxy) * resolution**2
     num_taps = (2 * sampling_ratio) ** 2
-    cells = F.embedding_bag(
-        rows.reshape(num_bags, num_taps),
-        table,
-        per_sample_weights=weights.reshape(num_bags, num_taps).to(table.dtype),
-        mode="sum",
+    shared = table if isinstance(table, SharedTable) else share_table(table)
+    weights = weights.reshape(num_bags, num_taps).to(shared.rows.dtype)
+    cells: Tensor = _WeightedBags.apply(
+        shared.token, shared.rows, shared.total, rows.reshape(num_bags, num_taps), weights
     )
     return cells.view(len(boxes_xyxy), resolution, resolution, channels).permute(0, 3, 1, 2).to(pyramid[0].dtype)
+
+
+class _WeightedBags(torch.autograd.Function):
+    """Of a shared table (P, C), rows (K, taps) and their weights -> (K, C) weighted sums.
+
+    The gradient, of the table alone, is a weighted sum of rows as well: of those of the bags that a row of it is in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, table: Tensor, total: _Total, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.total, ctx.num_rows = total, len(table)
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        rows, weights = ctx.saved_tensors
+        flat = rows.flatten()
+        order = flat.argsort(stable=True)
+        used, counts = flat[order].unique_consecutive(return_counts=True)
+        if len(used):
+            of_used = F.embedding_bag(
+                order // rows.shape[1],
+                gradient.contiguous(),
+                counts.cumsum(0) - counts,
+                per_sample_weights=weights.flatten()[order],
+                mode="sum",
+            )
+            ctx.total.add(ctx.num_rows, used, of_used)
+        return gradient.new_zeros(()), None, None, None, None
+
+
+class _Shared(torch.autograd.Function):
+    """The token of a `SharedTable`, whose gradient is what the poolings have added up."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, total: _Total) -> Tensor:
+        ctx.total = total
+        return table.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.total.take(), None
 
 
 def _axis_taps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import get_args
 
 import pytest
@@ -113,6 +114,22 @@ def test_folded_norm_equals_convolution_then_norm(groups: int) -> None:
     twin.load_state_dict(conv.norm.state_dict())
     expected = twin(functional.conv2d(x, conv.weight, stride=2, padding=1, groups=groups))
     assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_frozen_norm_keeps_no_folded_weights_and_has_the_gradients_of_the_two() -> None:
+    torch.manual_seed(0)
+    conv, x = ConvFrozenNorm(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5, requires_grad=True)
+    conv.norm.running_var.uniform_(0.5, 2)
+    conv.norm.running_mean.normal_()
+    expected = torch.autograd.grad(conv.norm(conv._conv_forward(x, conv.weight, None)).sin().sum(), [x, conv.weight])
+    folded = []
+    conv.folded = lambda: folded.append(ConvFrozenNorm.folded(conv)) or folded[-1]  # type: ignore[method-assign, func-returns-value]
+    output = conv(x).sin().sum()
+    gone = weakref.ref(folded.pop()[0])
+    assert gone() is None
+    for gradient, wanted in zip(torch.autograd.grad(output, [x, conv.weight]), expected, strict=True):
+        assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    assert len(folded) == 1
 
 
 def test_folded_norm_by_hand() -> None:

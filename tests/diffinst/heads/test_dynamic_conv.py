@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from helpers import load_fixture
@@ -48,7 +50,7 @@ def test_parts_of_the_proposals_give_the_same(monkeypatch: pytest.MonkeyPatch, e
     conv._interact = lambda *arguments: generated.append(len(arguments[0])) or type(conv)._interact(conv, *arguments)  # type: ignore[method-assign, func-returns-value]
     with torch.inference_mode():
         assert_close(conv(proposal_features, roi_features), expected, rtol=1e-5, atol=1e-6)
-    assert generated == {1: [1] * 7, 100: [3, 2, 2], 10**6: [7]}[elements]
+    assert generated == {1: [1] * 7, 100: [3, 3, 1], 10**6: [7]}[elements]
 
 
 @pytest.mark.parametrize(("elements", "num_parts"), [(1, 7), (100, 3), (10**6, 1)])
@@ -62,12 +64,29 @@ def test_parts_in_training_have_the_same_gradients(
     expected = torch.autograd.grad(conv(*inputs).square().sum(), leaves)
     monkeypatch.setattr("diffinst.heads.dynamic_conv._FILTER_ELEMENTS_TRAINING_CPU", elements)
     calls = []
-    conv.generate.register_forward_hook(lambda *_: calls.append(1))
+    conv._interact = lambda *arguments: calls.append(1) or type(conv)._interact(conv, *arguments)  # type: ignore[method-assign, func-returns-value]
     loss = conv(*inputs).square().sum()
     assert len(calls) == num_parts
     for gradient, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
     assert len(calls) == num_parts * (2 if num_parts > 1 else 1)  # again in the backward
+
+
+def test_features_that_are_pooled_again_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    conv = DynamicConv(dim=6, dim_dynamic=3, resolution=2)
+    proposal_features, source = torch.randn(7, 6, requires_grad=True), torch.randn(7, 6, 2, 2, requires_grad=True)
+    leaves = [proposal_features, source, *conv.parameters()]
+    expected = torch.autograd.grad(conv(proposal_features, source * 2).square().sum(), leaves)
+    monkeypatch.setattr("diffinst.heads.dynamic_conv._FILTER_ELEMENTS_TRAINING_CPU", 100)
+    pooled = source * 2
+    gone, calls = weakref.ref(pooled), []
+    loss = conv(proposal_features, pooled, lambda: calls.append(1) or source * 2).square().sum()
+    del pooled
+    assert gone() is None
+    for gradient, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    assert calls == [1]
 
 
 def test_no_proposals() -> None:

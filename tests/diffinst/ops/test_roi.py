@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers import load_fixture
@@ -7,7 +10,7 @@ from torch.testing import assert_close
 from torchvision.ops import roi_align
 
 from diffinst.ops import roi
-from diffinst.ops.roi import assign_levels, levels_of_table, pixel_table, pool_boxes
+from diffinst.ops.roi import assign_levels, levels_of_table, pixel_table, pool_boxes, share_table
 
 STRIDES = (4, 8, 16, 32)
 
@@ -134,6 +137,51 @@ def test_pool_gradients_equal_one_by_one(method):
         (pooled * weights).sum().backward()
         gradients.append([level.grad for level in pyramid])
     assert_close(gradients[0], gradients[1])
+
+
+def test_poolings_of_a_shared_table_add_up_their_gradients():
+    pyramid, boxes = [level.requires_grad_() for level in make_pyramid()], make_boxes()
+    weights = torch.randn(2, 30, 3, 7, 7, generator=torch.Generator().manual_seed(2))
+    parts = [(boxes[:, some], weights[:, some]) for some in (slice(20), slice(20, None))]
+
+    def gradients(share):
+        table = share(pixel_table(pyramid, "bags"))
+        sums = [
+            (pool_boxes(pyramid, STRIDES, some, method="bags", table=table) * part.flatten(0, 1)).sum()
+            for some, part in parts
+        ]
+        found = torch.autograd.grad(sum(sums), pyramid, retain_graph=True)
+        # The same graph again: nothing of the first time is left over.
+        for first, second in zip(found, torch.autograd.grad(sum(sums), pyramid), strict=True):
+            assert torch.equal(first, second)
+        return found
+
+    pooled = pool_one_by_one(pyramid, STRIDES, boxes, 7, 2)
+    expected = torch.autograd.grad((pooled * weights.flatten(0, 1)).sum(), pyramid)
+    for share in (lambda table: table, share_table):
+        for gradient, wanted in zip(gradients(share), expected, strict=True):
+            assert_close(gradient, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_a_shared_table_is_gone_with_what_used_it():
+    pyramid = [level.requires_grad_() for level in make_pyramid()]
+    gc.collect()
+    gc.disable()  # no cycle keeps it
+    try:
+        table = share_table(pixel_table(pyramid, "bags"))
+        total = weakref.ref(table.total)
+        loss = pool_boxes(pyramid, STRIDES, make_boxes(), method="bags", table=table).sum()
+        loss.backward()
+        del table, loss
+        assert total() is None
+    finally:
+        gc.enable()
+
+
+def test_a_table_without_gradients_gives_none():
+    pyramid = make_pyramid()
+    pooled = pool_boxes(pyramid, STRIDES, make_boxes(), method="bags", table=share_table(pixel_table(pyramid, "bags")))
+    assert not pooled.requires_grad
 
 
 def test_pool_reads_channels_last_alike(method):
