@@ -145,6 +145,9 @@ class SamplerConfig(Section):
     inference_precision: Literal["fp32", "bf16"] = added(
         "fp32", description="bf16: backbone and head under autocast; boxes, scores and masks stay float32"
     )
+    compile: Literal["none", "head"] = added(
+        "none", description="head: the box head's stages through torch.compile, all but their pooling"
+    )
     use_ema: bool = added(False, description="the moving average of the weights, which train.ema_decay keeps")
     tta: bool = added(False, description="test-time augmentation: all of tta_*; false: the test size alone")
     tta_shortest_edges: IntTuple = added((400, 500, 600, 640, 700, 900, 1000, 1100, 1200, 1300, 1400, 1800, 800))

@@ -107,9 +107,13 @@ class DiffusionInst(nn.Module):
         """The second half: (B, Cm, H/4, W/4) mask features, None without masks."""
         return None if self.mask_branch is None else self.mask_branch(pyramid)
 
-    def denoise(self, features: Features, boxes_xyxy: Tensor, t: Tensor) -> HeadOutput:
-        """Predictions of every head stage for noisy boxes (B, N, 4) in pixels at timesteps t (B,)."""
-        output: HeadOutput = self.box_head(features.pyramid, boxes_xyxy, t, features.pixel_table)
+    def denoise(self, features: Features, boxes_xyxy: Tensor, t: Tensor, *, compiled: bool = False) -> HeadOutput:
+        """Predictions of every head stage for noisy boxes (B, N, 4) in pixels at timesteps t (B,).
+
+        Args:
+            compiled: see `diffinst.heads.box_head.BoxHead.forward`.
+        """
+        output: HeadOutput = self.box_head(features.pyramid, boxes_xyxy, t, features.pixel_table, compiled=compiled)
         return output
 
     def mask_logits(self, mask_features: Tensor, mask_params: Tensor, image_index: Tensor | None = None) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch.compile needs")
 
 
 def load_fixture(name: str) -> dict[str, np.ndarray]:

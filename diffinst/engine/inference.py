@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def find_candidates(
             features = model.encode(batch.images)
         with timer("head"):
             steps = sample(
-                lambda boxes_xyxy, t: model.denoise(features, boxes_xyxy, t),
+                partial(model.denoise, features, compiled=settings.compile == "head"),
                 whwh=batch.whwh,
                 schedule=model.schedule,
                 settings=settings,

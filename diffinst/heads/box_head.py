@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from diffinst.heads.compiled import call_compiled
 from diffinst.heads.dynamic_conv import DynamicConv
 from diffinst.heads.time_embedding import TimeEmbedding
 from diffinst.ops.boxes import apply_deltas
 from diffinst.ops.linear import Linear
+from diffinst.ops.paths import note_path
 from diffinst.ops.roi import BoxPooling, SharedTable, lay_out, pixel_table, pool_boxes, share_table
 from diffinst.structures import HeadOutput
 
@@ -93,6 +95,8 @@ class BoxHeadStage(nn.Module):
         proposal_features: Tensor | None,
         time_embedding: Tensor,
         table: Tensor | SharedTable | None = None,
+        *,
+        compiled: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """One refinement.
 
@@ -102,6 +106,7 @@ class BoxHeadStage(nn.Module):
             proposal_features: (B, N, D) of the stage before, None at the first.
             time_embedding: (B, time_dim).
             table: `diffinst.ops.roi.pixel_table` of the pyramid; made where needed if not given.
+            compiled: all but the pooling, whose shapes are those of the image, through `torch.compile`.
         Returns:
             class_logits (B, N, K), boxes_xyxy (B, N, 4), mask_params (B, N, P) or None, proposal_features (B, N, D);
             the first three in float32.
@@ -120,11 +125,28 @@ class BoxHeadStage(nn.Module):
         roi_features = pool()  # (B*N, D, r, r)
         if proposal_features is None:
             proposal_features = roi_features.mean(dim=(2, 3)).unflatten(0, (batch, num_proposals))
+        if compiled:
+            return call_compiled(
+                BoxHeadStage._refine, self, roi_features, boxes_xyxy, proposal_features, time_embedding
+            )
+        return self._refine(roi_features, boxes_xyxy, proposal_features, time_embedding, pool)
 
-        x = proposal_features
+    def _refine(
+        self,
+        roi_features: Tensor,
+        boxes_xyxy: Tensor,
+        x: Tensor,
+        time_embedding: Tensor,
+        pool: Callable[[], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What `forward` does with (B*N, D, r, r) RoI features and (B, N, D) proposal features x.
+
+        Args:
+            pool: makes the RoI features again.
+        """
         attended = self.self_attention(x, x, x, need_weights=False)[0]
         x = self.self_attention_norm(x + self.dropout(attended))
-        interacted = self.dynamic_conv(x.flatten(0, 1), roi_features, pool).unflatten(0, (batch, num_proposals))
+        interacted = self.dynamic_conv(x.flatten(0, 1), roi_features, pool).unflatten(0, x.shape[:2])
         x = self.dynamic_conv_norm(x + self.dropout(interacted))
         x = self.feedforward_norm(x + self.dropout(self.feedforward(x)))
         proposal_features = x
@@ -198,7 +220,15 @@ class BoxHead(nn.Module):
         """The pyramid as all calls on it read it, see `diffinst.ops.roi.lay_out`."""
         return lay_out(pyramid, self.box_pooling)
 
-    def forward(self, pyramid: list[Tensor], boxes_xyxy: Tensor, t: Tensor, table: Tensor | None = None) -> HeadOutput:
+    def forward(
+        self,
+        pyramid: list[Tensor],
+        boxes_xyxy: Tensor,
+        t: Tensor,
+        table: Tensor | None = None,
+        *,
+        compiled: bool = False,
+    ) -> HeadOutput:
         """Denoises boxes.
 
         Args:
@@ -206,9 +236,11 @@ class BoxHead(nn.Module):
             boxes_xyxy: (B, N, 4) noisy boxes in pixels, on the pyramid's device.
             t: (B,) diffusion timesteps.
             table: `pixel_table` of the pyramid; made here if not given.
+            compiled: the stages through `torch.compile`, in inference.
         Returns:
             Predictions of every stage. Boxes pass between stages without gradient, proposal features with it.
         """
+        note_path("box_head", "compiled" if compiled else "eager")
         time_embedding = self.time_embedding(t)
         boxes_xyxy = boxes_xyxy.float()
         if table is None:
@@ -218,7 +250,7 @@ class BoxHead(nn.Module):
         class_logits, boxes, mask_params = [], [], []
         for stage in self.stages:
             stage_logits, boxes_xyxy, stage_mask_params, proposal_features = stage(
-                pyramid, boxes_xyxy.detach(), proposal_features, time_embedding, shared
+                pyramid, boxes_xyxy.detach(), proposal_features, time_embedding, shared, compiled=compiled
             )
             class_logits.append(stage_logits)
             boxes.append(boxes_xyxy)

@@ -52,7 +52,7 @@ class DynamicConv(nn.Module):
         num_proposals = len(proposal_features)
         is_training = torch.is_grad_enabled()
         part_size = max(num_proposals, 1)
-        if proposal_features.device.type == "cpu":
+        if proposal_features.device.type == "cpu" and not torch.compiler.is_compiling():
             elements = _FILTER_ELEMENTS_TRAINING_CPU if is_training else _FILTER_ELEMENTS_CPU
             num_parts = -(-num_proposals * self.generate.out_features // elements)
             part_size = max(-(-num_proposals // max(num_parts, 1)), 1)

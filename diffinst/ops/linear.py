@@ -113,7 +113,8 @@ def _map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _has_kernel(weight: Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        not torch.compiler.is_compiling()  # it takes its own
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()

@@ -6,12 +6,15 @@ A measurement says what was measured: it forgets what was noted before, works, a
 
 from __future__ import annotations
 
+import torch
+
 _taken: dict[str, set[str]] = {}
 
 
 def note_path(operation: str, path: str) -> None:
     """Say that `operation` ('box_pooling') was computed by `path` ('bags') in this process; cheap, may be repeated."""
-    _taken.setdefault(operation, set()).add(path)
+    if not torch.compiler.is_compiling():  # what is compiled says so, and chooses by itself
+        _taken.setdefault(operation, set()).add(path)
 
 
 def paths_taken() -> dict[str, list[str]]:

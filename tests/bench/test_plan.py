@@ -165,6 +165,7 @@ OTHER_VALUES: dict[str, Any] = {
     "schedule_steps": [1, 2],
     "precision": "fp32",
     "inference_precision": "bf16",
+    "compile": "head",
     "proposal_padding": "repeat",
     "matcher": "released",
     "empty_batch_loss": "released",

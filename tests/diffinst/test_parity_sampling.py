@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import check_free_steps, load_fixture, relative_error
+from helpers import check_free_steps, load_fixture, needs_compiler, relative_error
 from torch.testing import assert_close
 
 from diffinst.config import RELEASED, SamplerConfig
@@ -241,6 +241,22 @@ def test_whole_run_with_other_rounding(name, box_pooling, renewal_order, tiny_ne
     else:
         factor = 1 if rounds_as_the_fixture(recording, tiny_network) else 4
         close = {"rtol": 1e-3, "atol": factor * 5e-3, "box_atol": factor * 5e-2}
+    recording.check_steps(predictions[:3], **close)
+    recording.check_detections(predictions, mask_branch(pyramid), **close)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_whole_run_with_a_compiled_head(name, tiny_network):
+    box_head, mask_branch = tiny_network
+    recording = Recording(name)
+    pyramid = stored_pyramid(recording)
+    predictions = recording.sample(lambda boxes_xyxy, t: box_head(pyramid, boxes_xyxy, t, compiled=True))
+    if recording.num_steps == 1:
+        close = {"rtol": 1e-4, "atol": 1e-4, "box_atol": 2e-3}
+    else:
+        close = {"rtol": 1e-3, "atol": 2e-2, "box_atol": 0.2}  # as above, on any processor
     recording.check_steps(predictions[:3], **close)
     recording.check_detections(predictions, mask_branch(pyramid), **close)
 

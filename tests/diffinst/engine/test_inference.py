@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import needs_compiler
 from torch.testing import assert_close
 
 from diffinst.build import seeded_model
@@ -207,6 +208,18 @@ def test_bf16_computes_otherwise_and_gives_float32(model):
     assert min(len(half), len(full)) > 3  # which boxes of an untrained network are empty is a matter of rounding
     assert half.scores[0] != full.scores[0]
     assert_close(half.scores[0], full.scores[0], rtol=0, atol=0.02)
+
+
+@needs_compiler
+def test_a_compiled_head_finds_the_same_and_is_told(model):
+    forget_paths()
+    settings = SamplerConfig(num_proposals=30, sampling_steps=2)
+    expected = detect_ids(model, [7, 42], settings)
+    assert paths_taken()["box_head"] == ["eager"]
+    forget_paths()
+    for image_id, detections in detect_ids(model, [7, 42], settings.model_copy(update={"compile": "head"})).items():
+        assert_same_detections(detections, expected[image_id])
+    assert paths_taken()["box_head"] == ["compiled"]
 
 
 @pytest.mark.parametrize("mask_form", ["bitmaps", "rle"])

@@ -106,7 +106,14 @@ class Reader:
         box = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
         return Features([box], brightness[:, :, 2::4, 2::4])
 
-    def denoise(self, features: Features, boxes_xyxy: torch.Tensor, t: torch.Tensor) -> HeadOutput:  # noqa: ARG002
+    def denoise(
+        self,
+        features: Features,
+        boxes_xyxy: torch.Tensor,
+        t: torch.Tensor,  # noqa: ARG002
+        *,
+        compiled: bool = False,  # noqa: ARG002
+    ) -> HeadOutput:
         box, score = self.say(self.calls, features.pyramid[0], 0.9)
         self.calls += 1
         boxes = torch.zeros_like(boxes_xyxy)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import load_fixture, load_json_fixture
+from helpers import load_fixture, load_json_fixture, needs_compiler
 from released_tiny_model import pyramid_of, released_tiny_model
 from torch import Tensor
 from torch.testing import assert_close
@@ -40,11 +40,12 @@ def _inputs(batch: int = 2, num_proposals: int = 5) -> tuple[list[Tensor], Tenso
     return pyramid, boxes, torch.randint(0, 1000, (batch,), generator=generator)
 
 
-def test_parity_of_every_stage() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_parity_of_every_stage(compiled: bool) -> None:
     fixture = load_fixture("head_io")
     with torch.no_grad():
         out = released_tiny_model().box_head(
-            pyramid_of(fixture), torch.from_numpy(fixture["boxes"]), torch.from_numpy(fixture["t"])
+            pyramid_of(fixture), torch.from_numpy(fixture["boxes"]), torch.from_numpy(fixture["t"]), compiled=compiled
         )
     ours = {"class_logits": out.class_logits, "pred_boxes": out.boxes_xyxy, "kernels": out.mask_params}
     for name, value in ours.items():
