@@ -264,7 +264,8 @@ def _effective_counts(values: np.ndarray, points: np.ndarray) -> list[float]:
     count = values.shape[1]
     if count < _MIN_ROW:
         return [float(count)] * len(values)
-    below = (values <= points[:, None]).astype(np.float64)
+    # Half for what lies on the quantile, so that reversing the order of all values changes nothing.
+    below = ((values <= points[:, None]) + (values < points[:, None]).astype(np.float64)) / 2
     below -= below.mean(axis=1, keepdims=True)
     spectrum = np.fft.rfft(below, 1 << (2 * count - 1).bit_length())
     products = np.fft.irfft(spectrum.real**2 + spectrum.imag**2)[:, :count]

@@ -168,6 +168,7 @@ def test_conditions_are_noted_at_start_and_end_of_each_node(found: list[RunRecor
         for kind in ("predict", "latency"):
             # Small layers are left to torch.
             assert conditions[kind]["paths"] == {
+                "box_head": ["eager"],
                 "box_pooling": ["bags"],
                 "linear": ["torch"],
                 "precision": ["fp32"],

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench.stats.latency import (
@@ -196,6 +196,7 @@ def test_unequal_sides_are_refused_and_too_few_or_zero_times_say_nothing() -> No
     assert paired_ratio([0.0] * 8, [1.0] * 8) is None
 
 
+@example([(1.0, 1.0, 1.0, 2.0)] * 3 + [(1.0, 0.5, 1.0, 1.0)] * 2 + [(1.0,) * 4] * 6)  # six on the median
 @given(st.lists(st.tuples(*[st.floats(1e-4, 10.0)] * 4), min_size=3, max_size=20))
 def test_swapping_inverts_the_paired_ratio(blocks: list[tuple[float, float, float, float]]) -> None:
     base = [value for block in blocks for value in block[:2]]
