@@ -137,9 +137,10 @@ def run_predict(job: Job) -> dict[str, Any]:
     if _is_external(job):
         return _predict_external(job, dataset, device, start)
     detector, recorder = _detector(job, dataset, device), OperatorRecorder()
+    is_compiled = _is_compiled(job)
 
     def detect(samples: Sequence[Sample]) -> list[Detections]:
-        with contextlib.nullcontext() if recorder.count else recorder:
+        with contextlib.nullcontext() if recorder.count or is_compiled else recorder:
             return detector.detect(samples, _untimed)
 
     done = write_predictions(
@@ -153,7 +154,8 @@ def run_predict(job: Job) -> dict[str, Any]:
         progress=lambda done, total: job.progress(done, total, "images"),
         stop=job.stop,
     )
-    seen = recorder.facts("the first batch") if recorder.count else unseen("all images were predicted before")
+    why = "a compiled head does not tell its operators" if is_compiled else "all images were predicted before"
+    seen = recorder.facts("the first batch") if recorder.count else unseen(why)
     _end(job, device, start, seen)
     job.files += sorted((job.folder / PREDICTIONS_FOLDER).glob("*.jsonl"))
     return {"num_images": done}
@@ -217,6 +219,9 @@ def run_latency(job: Job) -> dict[str, Any]:
     if asked["memory"]:
         found |= {f"peak_memory_bytes/{name}": value for name, value in peaks.items()}
     if asked["flops"]:
+        if _is_compiled(job):  # the same operations, but none that can be counted
+            assert isinstance(detector.module, DiffusionInst)
+            detector = our_detector(detector.module, _config(job).sampler.model_copy(update={"compile": "none"}))
         found["flops"] = count_flops(lambda: run_one(0, ScopeTimer(device)))
         found["num_parameters"] = count_parameters(detector.module)
     reason = f"measured on {torch.device(device).type}, not on a CUDA device"
@@ -291,6 +296,10 @@ def _end(job: Job, device: str, start: Moment, determinism: dict[str, Any] | Non
 
 def _untimed(scope: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001 - a timer is told the scope
     return contextlib.nullcontext()
+
+
+def _is_compiled(job: Job) -> bool:
+    return "engine" not in job.node.options and _config(job).sampler.compile != "none"
 
 
 def _is_external(job: Job) -> bool:

@@ -15,7 +15,8 @@ class ConvFrozenNorm(nn.Conv2d):
     """Convolution without bias and a batch norm whose statistics and affine map are constants.
 
     A constant affine map after a convolution is a convolution with other weights, so the norm is folded into them on
-    each call: that costs a pass over the weights instead of two over the activations.
+    each call: that costs a pass over the weights instead of two over the activations. In training on a CPU it is folded
+    again in the backward, until when the weights must not change.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ConvFrozenNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.folded()
-        if not weight.requires_grad:
+        if not weight.requires_grad or weight.device.type != "cpu":
             return self._conv_forward(x, weight, bias)
         with computed_again(weight, lambda: self.folded()[0]):
             return self._conv_forward(x, weight, bias)

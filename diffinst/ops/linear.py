@@ -72,7 +72,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (..., in). weight: (out, in). bias: (out,).
     """
-    if x.shape[:-1].numel() < _MAP_FROM_ROWS or x.dtype != torch.float32 or not _has_kernel(weight):
+    # First what a compiled function asks for: it would be compiled again for other numbers of rows.
+    if not _has_kernel(weight) or x.dtype != torch.float32 or x.shape[:-1].numel() < _MAP_FROM_ROWS:
         note_path("linear", "torch")
         return functional.linear(x, weight, bias)
     note_path("linear", "onednn")
@@ -107,7 +108,8 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    mapped: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    dense = None if bias is None else bias.contiguous()  # the operator would read what lies beside it
+    mapped: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, dense, "none", [], "")
     return mapped
 
 

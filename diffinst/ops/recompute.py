@@ -33,9 +33,14 @@ def map_in_parts(
 def computed_again(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
     """What is done to `tensor` within keeps, for the backward, `again` in its place: it has to give the same.
 
+    What `again` reads must not change before the backward. Nobody looks after that, nor after changes in place of any
+    other tensor that the operations within keep.
+
     Args:
-        again: called without gradients, once for each operation that wants the tensor.
+        again: called without gradients, once for each operation that wants the tensor, in the types (autocast) of here.
     """
+    device = tensor.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     # The functions must not hold the tensor itself: they live as long as what is kept. It outlives the block.
     wanted = tensor.data_ptr(), tensor.shape, tensor.stride()
 
@@ -46,7 +51,7 @@ def computed_again(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             return kept()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -106,7 +106,10 @@ class _Total:
 
 
 def share_table(table: Tensor) -> SharedTable:
-    """`table` (P, C) for several calls of `pool_boxes`, whose backwards it makes faster."""
+    """`table` (P, C) for several calls of `pool_boxes`, whose backwards it makes faster.
+
+    A backward that ends in an error leaves its part of the sum behind, for the next one on the same graph.
+    """
     total = _Total()
     token: Tensor = _Shared.apply(table, total)
     return SharedTable(table.detach(), token, total)
@@ -146,7 +149,8 @@ def pool_boxes(
 ) -> Tensor:
     """ROIAlign (arXiv:1703.06870, with the half-pixel offset) of each box on its pyramid level.
 
-    On a GPU no shape depends on how many boxes fall on a level, so nothing waits for the device.
+    On a GPU no shape depends on how many boxes fall on a level, so nothing waits for the device but the backward of
+    "bags".
 
     Args:
         pyramid: levels (B, C, H/stride, W/stride), finest first.
@@ -300,13 +304,14 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, total: _Total) -> Tensor:
-        ctx.total = total
+        ctx.total, ctx.shape = total, table.shape
         return table.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.total.take(), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = ctx.total.take()
+        return gradient.new_zeros(ctx.shape) if total is None else total, None
 
 
 def _axis_taps(

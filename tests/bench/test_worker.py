@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import needs_compiler
 from lvis_files import tiny_lvis, write_lvis
 from rich.console import Console
 
@@ -73,6 +74,28 @@ def test_the_suite_trains_once_and_measures_each_cell(
     # Three cells of two models.
     assert sorted(kinds) == ["dataset", *["latency"] * 3, *["predict"] * 3, *["score"] * 3, *["train"] * 2]
     assert len(found) == 3
+
+
+@needs_compiler
+def test_a_compiled_head_is_predicted_timed_and_counted(
+    tmp_path: Path, done: tuple[Path, Plan, RunOutcome], found: list[RunRecord]
+) -> None:
+    plan = make_plan(tmp_path, "sampler.compile=head", only="num_proposals=5 mask=dynamic")
+    outcome = run(plan, tmp_path / "results")
+    assert outcome.exit_code == 0, outcome.failures
+    (record,) = Store(tmp_path / "results").records("minute", outcome.machine)
+    (eager,) = (other for other in found if other.axes == record.axes)
+    assert record.metrics["flops"] == eager.metrics["flops"]
+    conditions = record.environment["conditions"]
+    assert conditions["predict"]["determinism"]["why"] == "a compiled head does not tell its operators"
+    assert conditions["latency"]["paths"]["box_head"] == ["compiled"]
+    by_id = {entry["image_id"]: entry for entry in predictions_of(done[0], eager)}
+    for entry in predictions_of(tmp_path / "results", record):
+        assert entry["score"] == pytest.approx(by_id[entry["image_id"]]["score"], abs=1e-4)
+
+
+def predictions_of(root: Path, record: RunRecord) -> list[dict[str, Any]]:
+    return list(iter_predictions(Store(root).folder(record.nodes["predict"]) / "predictions"))
 
 
 def test_records_hold_every_metric_or_the_reason_why_not(found: list[RunRecord]) -> None:

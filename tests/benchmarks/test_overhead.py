@@ -1,4 +1,4 @@
-"""What the harness adds to a bare loop of detections: less than a hundredth, even of those of the smallest model."""
+"""What the harness adds to a bare loop of detections: the aim is a hundredth, even of those of the smallest model."""
 
 from __future__ import annotations
 

@@ -448,6 +448,28 @@ def test_bf16_autocast_gives_nearly_the_same_losses() -> None:
     assert totals[2] != totals[1]
 
 
+@pytest.mark.parametrize("box_pooling", ["bags", "roi_align"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parts_have_nearly_the_gradients_of_the_whole(
+    precision: str, box_pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Rectangles()
+    model = seeded_model(tiny_training.MODEL.model_copy(update={"box_pooling": box_pooling}), 0).eval()
+    samples = [dataset.training_sample(index, torch.Generator().manual_seed(0)) for index in (2, 3)]
+    batch, targets = model.make_batch(samples), [sample.target for sample in samples]
+    boxes, t = draw_noisy_boxes(targets, batch.whwh, tiny_training.TRAIN, NoiseSchedule(1000), 2.0, 0)
+    settings = tiny_training.TRAIN.model_copy(update={"precision": precision})
+    found = []
+    for elements in (2**24, 100):
+        monkeypatch.setattr("diffinst.heads.dynamic_conv._FILTER_ELEMENTS_TRAINING_CPU", elements)
+        model.zero_grad()
+        losses = training_losses(model, batch.images, targets, batch.whwh, boxes, t, settings)
+        torch.stack(list(losses.values())).sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    whole, parts = found
+    assert float((parts - whole).norm() / whole.norm()) < (1e-4 if precision == "fp32" else 0.05)
+
+
 def test_weights_of_a_finished_training_load(undisturbed: Path) -> None:
     model = tiny_model()
     load_model_weights(model, load_checkpoint(undisturbed / "model.safetensors"))

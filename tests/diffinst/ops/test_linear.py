@@ -92,6 +92,12 @@ def test_gradients_of_a_sum_have_no_memory_of_their_own() -> None:
     assert_close(weight.grad, x.detach().sum(0).expand(5, 4))
 
 
+def test_a_bias_may_lie_anywhere() -> None:
+    x, weight = torch.randn(6, 4), torch.randn(5, 4)
+    for bias in (torch.randn(10)[::2], torch.randn(1).expand(5)):
+        assert_close(linear(x, weight, bias), nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
 def test_only_what_wants_a_gradient_gets_one() -> None:
     x, weight, bias = torch.randn(6, 4), torch.randn(5, 4), torch.randn(5, requires_grad=True)
     linear(x, weight, bias).sum().backward()

@@ -105,6 +105,23 @@ def test_a_tensor_is_not_kept_but_computed_again() -> None:
     assert_close(x.grad, (2 * weight.detach()).expand(5, 3))
 
 
+def test_it_is_computed_again_in_the_types_of_the_first_time() -> None:
+    x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(3, 3)
+    dtypes = []
+
+    def again() -> Tensor:
+        mapped = x @ weight
+        dtypes.append(mapped.dtype)
+        return mapped
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mapped = x @ weight
+        with computed_again(mapped, again):
+            squared = mapped * mapped
+    squared.sum().backward()
+    assert set(dtypes) == {torch.bfloat16}
+
+
 def test_views_and_empty_tensors_are_kept_as_they_are() -> None:
     def never() -> Tensor:
         raise AssertionError

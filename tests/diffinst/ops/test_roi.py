@@ -219,7 +219,11 @@ def test_pool_survives_boxes_that_are_not_finite(method):
 
 
 def test_pool_without_boxes(method):
-    assert pool_boxes(make_pyramid(), STRIDES, torch.zeros(2, 0, 4), method=method).shape == (2 * 0, 3, 7, 7)
+    pyramid = [level.requires_grad_() for level in make_pyramid()]
+    pooled = pool_boxes(pyramid, STRIDES, torch.zeros(2, 0, 4), method=method)
+    assert pooled.shape == (2 * 0, 3, 7, 7)
+    for gradient in torch.autograd.grad(pooled.sum(), pyramid):
+        assert not gradient.any()
 
 
 def test_pool_waits_for_nothing(method):
