@@ -275,9 +275,8 @@ def to_latex(table: Table) -> str:
 
 def _default_metrics(records: Sequence[Record], known: Sequence[str]) -> list[str]:
     names = [name for name in LONG_METRICS if name in known]
-    memory = "peak_memory_bytes/cuda_allocated"
-    if memory in names and value_of(records, memory).state != "ok":
-        names.remove(memory)  # a machine without a GPU: the column could only say so in every row
+    # What nobody asked for, or a GPU's memory on a machine without one: the column could only say so in every row.
+    names = [name for name in names if is_score(name) or any(is_measured(record, name) for record in records)]
     finished = [record for record in records if record.get("status") == "ok"]
     found = {(is_measured(record, "segm/AP"), is_measured(record, "bbox/AP")) for record in finished}
     if found == {(False, True)}:

@@ -165,6 +165,21 @@ def test_box_only_suites_have_no_mask_columns() -> None:
     assert "mask" not in to_markdown(long_table([record]))
 
 
+def test_what_no_run_measured_has_no_column() -> None:
+    records = [make_record(1), make_record(2)]
+    for record in records:
+        record["metrics"]["training_step_s/total"] = {
+            "value": None,
+            "unit": "s",
+            "higher_is_better": False,
+            "reason": "not asked for",
+        }
+    assert "training" not in to_markdown(long_table(records))
+    records[1]["metrics"]["training_step_s/total"] = {"value": 0.5, "unit": "s", "higher_is_better": False}
+    assert "training step (s)" in to_markdown(long_table(records))
+    assert "latency" not in to_markdown(long_table([make_record(latency_s=None)]))
+
+
 def test_nothing_but_failures_is_still_a_table() -> None:
     text = to_markdown(long_table([make_record(status="failed", reason="crash")]))
     assert "✗ failed" in text
