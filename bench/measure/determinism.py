@@ -81,7 +81,7 @@ class OperatorRecorder(TorchDispatchMode):
         namespace = name.partition("::")[0]
         if name in _PRODUCTS:
             self.dtypes.add(str(_first_tensor(args).dtype).removeprefix("torch."))
-        if namespace not in _DOCUMENTED_NAMESPACES:
+        if namespace not in _DOCUMENTED_NAMESPACES and name not in _LIKE_CONVOLUTIONS:
             self.unknown.add(func._schema.name)
         elif (rule := RULES.get(name)) is not None and may_differ(rule, func, args, kwargs):
             self.ops.add(func._schema.name)
@@ -129,7 +129,12 @@ def may_differ(rule: Rule, func: Any, args: Sequence[Any], kwargs: Arguments) ->
 
 _WHY_NOT = "torch documents that these may give other bits each time, see torch.use_deterministic_algorithms"
 _DOCUMENTED_NAMESPACES = ("aten", "prim", "prims", "torchvision", "profiler", "c10d")
-_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")}
+# oneDNN's products of `diffinst.ops.linear`, on CPUs only: kernels of the library that computes the convolutions which
+# torch documents as bitwise. A test repeats them.
+_LIKE_CONVOLUTIONS = {"mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"}
+_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")} | {
+    "mkldnn::_linear_pointwise"
+}
 
 
 def _listed(names: set[str]) -> list[str]:

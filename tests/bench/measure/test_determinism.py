@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure.determinism import RULES, OperatorRecorder, determinism_flags, may_differ, unseen
+from diffinst.ops.linear import linear, prepare_linear
 
 
 @pytest.fixture
@@ -161,6 +162,23 @@ def test_an_operator_that_torch_does_not_know_makes_the_level_unknown() -> None:
         found = record(lambda: torch.ops.diffinst_test.twice(torch.ones(2))).facts("a call")
     assert found["level"] == "unknown"
     assert found["ops"] == ["diffinst_test::twice"]
+
+
+def test_linear_layers_by_onednn_are_bitwise_and_products(two_threads: None) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 64, requires_grad=True), torch.randn(500, 64, requires_grad=True)
+    layer = nn.Linear(1024, 1100)
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            prepared = prepare_linear(layer, 64)(torch.ones(64, 1024))
+        return [prepared, *torch.autograd.grad(linear(x, weight).sin().sum(), [x, weight])]
+
+    first = run()
+    facts = record(lambda: [run() for _ in range(5)]).facts("five times")
+    assert (facts["level"], facts["matmul_dtypes"]) == ("bitwise", ["float32"])
+    for _ in range(20):
+        assert all(map(torch.equal, run(), first))
 
 
 def test_nothing_seen_is_unknown_and_not_bitwise() -> None:
