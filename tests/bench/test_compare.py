@@ -304,6 +304,17 @@ def test_stored_standard_errors_serve_where_there_are_no_tables() -> None:
     assert row.smallest == pytest.approx(1.96 * 0.05 * math.sqrt(2), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "gate", [Gate(relative=0.2, absolute=0.0), Gate(relative=0.0, absolute=0.06)], ids=["relative", "absolute"]
+)
+def test_a_threshold_of_ap_that_is_not_reached_is_no_regression(gate: Gate) -> None:
+    # A loss of 0.05, a sixth of the better value: certain, and within either threshold.
+    sure = [with_value("segm/AP", value, standard_error=0.001) for value in (0.30, 0.25)]
+    assert only(compare(sure[:1], sure[1:], Gates({"segm/AP": gate}))).outcome is Outcome.SAME
+    stricter = Gate(relative=gate.relative * 0.8, absolute=gate.absolute * 0.8)
+    assert only(compare(sure[:1], sure[1:], Gates({"segm/AP": stricter}))).outcome is Outcome.WORSE
+
+
 def test_resamples_that_records_carry_serve_where_there_are_no_tables() -> None:
     common = np.random.default_rng(0).normal(0, 0.05, 300)
     own = np.random.default_rng(1).normal(0, 0.005, 300)
