@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -239,6 +240,21 @@ def test_a_failure_ends_one_run(root: Path) -> None:
     assert store.unfinished(node_id) == "failed before: predict: ended with exit code 3 and no result"
     store.begin(make_plan(accidents={1: "exit"}).nodes[node_id])
     assert store.unfinished(node_id) == "begun before, goes on from what is there"
+
+
+@pytest.mark.parametrize(
+    ("step", "category", "reason"),
+    [
+        (1, "memory", "predict: out of memory: killed by the kernel (SIGKILL)"),
+        (0, "killed", "predict: killed (SIGKILL); most often this is the kernel short of memory"),
+    ],
+)
+def test_the_kernels_count_tells_whether_memory_was_short(
+    root: Path, monkeypatch: pytest.MonkeyPatch, step: int, category: str, reason: str
+) -> None:
+    monkeypatch.setattr(execute, "_oom_kills", itertools.count(7, step).__next__)  # read before and after each run
+    outcome = run(make_plan(accidents={1: "kill"}), root)
+    assert {(failure.category, failure.reason) for failure in outcome.failures.values()} == {(category, reason)}
 
 
 def test_a_killed_run_is_told_from_others(root: Path) -> None:
