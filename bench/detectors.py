@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from torchvision.models.detection import MaskRCNN
 
-from bench import torchvision_engine
 from bench.measure.latency import SCOPES, Timer
 from diffinst.config import SamplerConfig
 from diffinst.engine.inference import detect
 from diffinst.engine.tta import detect_augmented
 from diffinst.model import DiffusionInst
 from diffinst.structures import Detections, Sample
+
+if TYPE_CHECKING:
+    from torchvision.models.detection import MaskRCNN
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def our_detector(model: DiffusionInst, settings: SamplerConfig) -> Detector:
 
 def torchvision_detector(network: MaskRCNN, settings: SamplerConfig) -> Detector:
     """torchvision's Mask R-CNN."""
+    from bench import torchvision_engine  # late: importing torchvision takes a second and 160 MB
 
     def run(samples: Sequence[Sample], timer: Timer) -> list[Detections]:
         return torchvision_engine.detect(network, samples, settings, timer=timer)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import external, torchvision_engine
+from bench import external
 from bench.detectors import Detector, our_detector, torchvision_detector
 from bench.engines import EXTERNAL
 from bench.measure.accuracy import measure_accuracy
@@ -31,7 +31,7 @@ from bench.measure.training import NAME as STEP_NAME
 from bench.measure.training import check_batch, measure_training_steps, step_samples, summarise_steps
 from bench.record import metric
 from bench.server import Input, Job, serve
-from diffinst.build import build_model, require_device, seeded_model
+from diffinst.build import require_device, restored_model, seeded_model
 from diffinst.checkpoint import load_checkpoint, load_model_weights
 from diffinst.config import Config
 from diffinst.data import catalog
@@ -83,6 +83,8 @@ def run_train(job: Job) -> dict[str, Any]:
         return _train_external(job, dataset, device, start)
     model: torch.nn.Module
     if engine is not None:
+        from bench import torchvision_engine  # late: importing torchvision takes a second and 160 MB
+
         network = torchvision_engine.build_network(engine["recipe"], dataset.num_classes, config.train.seed)
         model, losses = network, torchvision_engine.network_losses(network)
     else:
@@ -384,6 +386,8 @@ def _detector(job: Job, dataset: CocoDataset, device: str) -> Detector:
     """What was trained, or what a file of weights makes of the model, for the classes of a data set."""
     config, engine = _config(job), job.node.options.get("engine")
     if engine is not None:
+        from bench import torchvision_engine  # late, as above
+
         network = torchvision_engine.build_network(engine["recipe"], dataset.num_classes, config.train.seed)
         if "train" in job.inputs:
             checkpoint = load_checkpoint(job.inputs["train"].folder / FINAL_NAME)
@@ -421,18 +425,14 @@ def _given_model(config: Config, dataset: CocoDataset, *, use_ema: bool) -> tupl
         theirs, ours = getattr(checkpoint.config.model, name), getattr(config.model, name)
         if theirs != ours:
             raise ConfigError(f"{checkpoint.path}: was trained with model.{name} {theirs}, but the suite has {ours}")
-    update = {"backbone_weights": "none", "num_classes": dataset.num_classes}
-    model = build_model(config.model.model_copy(update=update))
-    load_model_weights(model, checkpoint, use_ema=use_ema)
+    model_config = config.model.model_copy(update={"num_classes": dataset.num_classes})
+    model = restored_model(checkpoint, model_config, use_ema=use_ema)
     return model, checkpoint.class_names or dataset.class_names
 
 
 def _trained_model(source: Input, *, use_ema: bool) -> tuple[DiffusionInst, tuple[str, ...]]:
     checkpoint = load_checkpoint(source.folder / FINAL_NAME)
-    # The checkpoint holds all weights: those that training began with need not be found again.
-    model = build_model(checkpoint.config.model.model_copy(update={"backbone_weights": "none"}))
-    load_model_weights(model, checkpoint, use_ema=use_ema)
-    return model, checkpoint.class_names
+    return restored_model(checkpoint, use_ema=use_ema), checkpoint.class_names
 
 
 def _sha256(path: Path) -> str:

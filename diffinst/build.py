@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from diffinst.backbones.base import Backbone
 from diffinst.backbones.fpn import FPN
 from diffinst.backbones.registry import BACKBONES, IMAGENET_WEIGHTS
+from diffinst.checkpoint import Checkpoint, load_model_weights
 from diffinst.config import ModelConfig
 from diffinst.errors import CheckpointError, ConfigError
 from diffinst.heads.box_head import BoxHead
@@ -154,6 +158,43 @@ def require_device(config: ModelConfig, device: torch.device | str) -> None:
     """
     if config.mask == "dynamic" and config.mask_head_kernel == "triton":
         require_triton(device, config.mask_feature_channels, config.mask_head_channels)
+
+
+def restored_model(
+    checkpoint: Checkpoint, config: ModelConfig | None = None, *, use_ema: bool = False
+) -> DiffusionInst:
+    """The model with a checkpoint's weights, on the CPU, in training mode; in a fraction of `build_model`'s time.
+
+    Args:
+        checkpoint: with tensors; the model takes them over.
+        config: of the model; None takes the checkpoint's. Weights of a backbone that it names are not looked for.
+        use_ema: the moving average of the weights instead.
+    Raises:
+        CheckpointError: the weights are those of another model, or no average was kept.
+        ConfigError: `num_classes` is not set.
+    """
+    chosen = checkpoint.config.model if config is None else config
+    with _Undrawn():
+        model = build_model(chosen.model_copy(update={"backbone_weights": "none"}))
+    load_model_weights(model, checkpoint, use_ema=use_ema, take_over=True)
+    return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of initial weights: memory that is never written to is not even mapped."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        # Some functions of torch.nn.init are seen as such, of others the method that they call.
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 def seeded_model(config: ModelConfig, seed: int) -> DiffusionInst:

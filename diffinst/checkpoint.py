@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ _LOSSES_KEY, _DIGEST_KEY, _CATEGORIES_KEY = "losses", "sha256", "category_ids"
 _KNOWN_KEYS = {_FORMAT_KEY, SOURCE_KEY, _LOSSES_KEY, "config", "iteration", "class_names", _CATEGORIES_KEY}
 _MODEL, _OPTIMIZER, _EMA = "model/", "optimizer/", "ema/"
 _SHOWN = 3  # mismatches named in an error
+_MAPPED_BYTES = 2**26  # of a file that is read, mapped at once
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            for key in file.keys() if with_tensors else ():
-                found[key] = file.get_tensor(key)
+            keys = list(file.keys())
+        if with_tensors:
+            found |= _read_tensors(path, keys)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: truncated, corrupt or not a checkpoint ({error}). Delete it and train again, or copy it again."
@@ -203,9 +205,31 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
         ) from error
 
 
-def load_model_weights(model: nn.Module, checkpoint: Checkpoint, *, use_ema: bool = False) -> None:
-    """Copy a checkpoint's weights, or their moving average, into a model of the same configuration.
+def _read_tensors(path: Path, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file in memory of their own, with little more than that in use at any time.
 
+    The library maps the file, and what has been read of it counts as memory of the process until the file is closed.
+    """
+    found: dict[str, Tensor] = {}
+    waiting = list(keys)[::-1]
+    while waiting:
+        mapped = 0
+        with safe_open(path, framework="pt") as file:
+            while waiting and mapped < _MAPPED_BYTES:
+                key = waiting.pop()
+                found[key] = file.get_tensor(key).clone()
+                mapped += found[key].nbytes
+    return found
+
+
+def load_model_weights(
+    model: nn.Module, checkpoint: Checkpoint, *, use_ema: bool = False, take_over: bool = False
+) -> None:
+    """Give a model of the same configuration a checkpoint's weights, or their moving average.
+
+    Args:
+        take_over: the model's parameters become the checkpoint's own tensors, and what they were goes; otherwise the
+            values are copied.
     Raises:
         CheckpointError: names or shapes differ, or no average was kept; the model is left unchanged.
     """
@@ -228,7 +252,7 @@ def load_model_weights(model: nn.Module, checkpoint: Checkpoint, *, use_ema: boo
             f"{checkpoint.path}: checkpoint of another model: {'; '.join(differences[:_SHOWN])}{more}. Use the model "
             "configuration stored in the checkpoint, or a checkpoint of this model."
         )
-    model.load_state_dict(found)
+    model.load_state_dict(found, assign=take_over)
 
 
 def _sort_metadata(path: Path) -> None:

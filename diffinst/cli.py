@@ -378,14 +378,10 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _model(checkpoint: Checkpoint, device: str, *, use_ema: bool) -> DiffusionInst:
-    from diffinst.build import build_model, require_device
-    from diffinst.checkpoint import load_model_weights
+    from diffinst.build import require_device, restored_model
 
     require_device(checkpoint.config.model, _device(device))
-    # The checkpoint brings all weights: none are fetched or read a second time.
-    model = build_model(checkpoint.config.model.model_copy(update={"backbone_weights": "none"}))
-    load_model_weights(model, checkpoint, use_ema=use_ema)
-    return model.to(_device(device)).eval()
+    return restored_model(checkpoint, use_ema=use_ema).to(_device(device)).eval()
 
 
 def _identity(checkpoint: Path, config: Config) -> str:

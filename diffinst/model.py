@@ -96,8 +96,8 @@ class DiffusionInst(nn.Module):
     def encode_boxes(self, images: Tensor) -> tuple[Features, list[Tensor]]:
         """The first half of `encode`, all that `denoise` needs, and the pyramid that `encode_masks` wants."""
         # Convolutions and box pooling are fastest with the channels innermost, on CPUs and GPUs alike.
-        images = images.contiguous(memory_format=torch.channels_last)
-        pyramid = list(self.fpn(self.backbone(images)).values())
+        maps = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        pyramid = list(self.fpn.from_coarsest(maps))[::-1]
         table = self.box_head.pixel_table(pyramid)
         if table is not None:
             pyramid = levels_of_table(table, pyramid)

@@ -129,11 +129,16 @@ def may_differ(rule: Rule, func: Any, args: Sequence[Any], kwargs: Arguments) ->
 
 _WHY_NOT = "torch documents that these may give other bits each time, see torch.use_deterministic_algorithms"
 _DOCUMENTED_NAMESPACES = ("aten", "prim", "prims", "torchvision", "profiler", "c10d")
-# oneDNN's products of `diffinst.ops.linear`, on CPUs only: kernels of the library that computes the convolutions which
+# oneDNN's products of `diffinst.ops`, on CPUs only: kernels of the library that computes the convolutions which
 # torch documents as bitwise. A test repeats them.
-_LIKE_CONVOLUTIONS = {"mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"}
+_LIKE_CONVOLUTIONS = {
+    "mkldnn::_linear_pointwise",
+    "mkldnn::_reorder_linear_weight",
+    "mkldnn::_convolution_pointwise",
+}
 _PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")} | {
-    "mkldnn::_linear_pointwise"
+    "mkldnn::_linear_pointwise",
+    "mkldnn::_convolution_pointwise",
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,13 +37,29 @@ class FPN(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Maps of a backbone -> {"p2": (B, C, H/4, W/4), ..., "p5": (B, C, H/32, W/32)}."""
-        # Coarsest first and level by level, so that little is alive at once.
-        maps: list[Tensor] = []
+        maps = list(self.from_coarsest(dict(features)))
+        return dict(zip(self.out_shapes, reversed(maps)))
+
+    def from_coarsest(self, features: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The maps that `forward` gives, coarsest first, with little alive at once.
+
+        Args:
+            features: maps of a backbone, each taken out when it has been used.
+        """
         above: Tensor | None = None
         for name, lateral, output in zip(reversed(self.in_names), reversed(self.lateral), reversed(self.output)):
-            x = lateral(features[name])
+            x = lateral(features.pop(name))
             if above is not None:
-                x.add_(functional.interpolate(above, scale_factor=2.0, mode="nearest"))
+                _add_enlarged_(x, above)
             above = x
-            maps.append(output(x))
-        return dict(zip(self.out_shapes, reversed(maps)))
+            yield output(x)
+
+
+def _add_enlarged_(x: Tensor, coarse: Tensor) -> None:
+    """Add a map (B, C, H, W) to each of the four pixels of x (B, C, 2H, 2W) that it covers."""
+    if torch.is_grad_enabled():  # a sum by parts would have a graph of parts
+        x.add_(functional.interpolate(coarse, scale_factor=2.0, mode="nearest"))
+        return
+    for row in (0, 1):
+        for column in (0, 1):
+            x[..., row::2, column::2].add_(coarse)

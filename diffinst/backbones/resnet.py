@@ -15,7 +15,10 @@ BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with a residual; the stride is in the 3x3, as torchvision and the released configs have it."""
+    """1x1, 3x3, 1x1 with a residual; the stride is in the 3x3, as torchvision and the released configs have it.
+
+    In inference the output may be in the memory of an input that has as many channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, width: int, stride: int, num_groups: int) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class Bottleneck(nn.Module):
         # In place: no convolution needs its own output again, and a new map costs as much as what is done to it.
         x = functional.relu(self.conv1(x), inplace=True)
         x = functional.relu(self.conv2(x), inplace=True)
-        return functional.relu(self.conv3(x).add_(shortcut), inplace=True)
+        return self.conv3.rectified_sum(x, shortcut)
 
 
 class ResNet(Backbone):

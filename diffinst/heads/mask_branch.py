@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from diffinst.ops.masks import aligned_bilinear
+from diffinst.ops.masks import add_aligned_bilinear_, aligned_bilinear
 
 # Levels of the pyramid that are fused, finest first. The release lists p3, p4, p5 but computes with p2, p3, p4.
 NUM_LEVELS = 3
@@ -77,6 +77,12 @@ class MaskBranch(nn.Module):
         """Pyramid, finest level first, each half the size of the one before -> (B, out_channels, H/4, W/4)."""
         x = self.refine[0](pyramid[0])
         for level in range(1, NUM_LEVELS):
-            x = x + aligned_bilinear(self.refine[level](pyramid[level]), 2**level)
-        mask_features: Tensor = self.project(self.tower(x))
+            coarse = self.refine[level](pyramid[level])
+            if torch.is_grad_enabled():
+                x = x + aligned_bilinear(coarse, 2**level)
+            else:
+                add_aligned_bilinear_(x, coarse, 2**level)
+        for layer in self.tower:  # one by one, so that no more than two maps are alive
+            x = layer(x)
+        mask_features: Tensor = self.project(x)
         return mask_features

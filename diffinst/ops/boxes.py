@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, clip_boxes_to_image
 
 # A box may grow to the longest image side ever expected, 100,000 px, from a base of 16 px; larger steps overflow exp.
 MAX_LOG_SCALE = math.log(100_000 / 16)
@@ -14,18 +13,29 @@ MAX_LOG_SCALE = math.log(100_000 / 16)
 
 def box_cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """(..., 4) centre and size -> (..., 4) corners."""
-    return box_convert(boxes_cxcywh, "cxcywh", "xyxy")
+    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 def box_xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) corners -> (..., 4) centre and size."""
-    return box_convert(boxes_xyxy, "xyxy", "cxcywh")
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) -> (...) width times height."""
     x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
     return (x2 - x1) * (y2 - y1)  # not prod(): its gradient waits for the device
+
+
+def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """(N, 4) and (M, 4) boxes -> (N, M) overlaps; NaN of two boxes without area."""
+    top_left = torch.maximum(boxes1_xyxy[:, None, :2], boxes2_xyxy[:, :2])
+    bottom_right = torch.minimum(boxes1_xyxy[:, None, 2:], boxes2_xyxy[:, 2:])
+    overlap = (bottom_right - top_left).clamp(min=0)
+    intersection = overlap[..., 0] * overlap[..., 1]
+    return intersection / (box_area(boxes1_xyxy)[:, None] + box_area(boxes2_xyxy) - intersection)
 
 
 def paired_giou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
@@ -87,7 +97,10 @@ def scale_boxes(boxes_xyxy: Tensor, from_size: tuple[int, int], to_size: tuple[i
 
 def clip_boxes(boxes_xyxy: Tensor, size: tuple[int, int]) -> Tensor:
     """(..., 4) boxes with x in [0, width] and y in [0, height] of `size`, given as (height, width)."""
-    return clip_boxes_to_image(boxes_xyxy, size)
+    height, width = size
+    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+    sides = ((x1, width), (y1, height), (x2, width), (y2, height))
+    return torch.stack([place.clamp(0, end) for place, end in sides], dim=-1)
 
 
 def has_area(boxes_xyxy: Tensor) -> Tensor:

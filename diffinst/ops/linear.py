@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from diffinst.ops.onednn import applies_to
 from diffinst.ops.paths import note_path
 
 # With fewer rows, the calls cost more than the faster kernel saves.
@@ -114,13 +115,4 @@ def _map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _has_kernel(weight: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()  # it takes its own
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)  # the user's switch
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return applies_to(weight, "_reorder_linear_weight", "_linear_pointwise")

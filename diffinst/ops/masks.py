@@ -32,10 +32,31 @@ def aligned_bilinear(x: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return x
     height, width = x.shape[-2:]
-    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
-    x = F.interpolate(x, size=(factor * height + 1, factor * width + 1), mode="bilinear", align_corners=True)
-    x = F.pad(x, (factor // 2, 0, factor // 2, 0), mode="replicate")
+    x = F.pad(_enlarged(x, factor), (factor // 2, 0, factor // 2, 0), mode="replicate")
     return x[..., : factor * height, : factor * width]
+
+
+def add_aligned_bilinear_(x: Tensor, coarse: Tensor, factor: int) -> None:
+    """Add `aligned_bilinear(coarse, factor)` to x, in less memory; without gradients.
+
+    Args:
+        x: (B, C, factor * H, factor * W).
+        coarse: (B, C, H, W).
+        factor: whole number, at least 2.
+    """
+    half = factor // 2
+    enlarged = _enlarged(coarse, factor)[..., : x.shape[-2] - half, : x.shape[-1] - half]
+    # The first rows and columns repeat what is beside them.
+    for rows, its_rows in ((slice(half), slice(1)), (slice(half, None), slice(None))):
+        for columns, its_columns in ((slice(half), slice(1)), (slice(half, None), slice(None))):
+            x[..., rows, columns].add_(enlarged[..., its_rows, its_columns])
+
+
+def _enlarged(x: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, factor * H + 1, factor * W + 1), feature pixel i on pixel factor * i."""
+    height, width = x.shape[-2:]
+    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(x, size=(factor * height + 1, factor * width + 1), mode="bilinear", align_corners=True)
 
 
 def subsample_masks(masks: Tensor, size: tuple[int, int], *, stride: int = 4) -> Tensor:

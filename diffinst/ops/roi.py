@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchvision.ops import roi_align
 
 from diffinst.ops.boxes import box_area
+from diffinst.ops.library import operators
 from diffinst.ops.paths import note_path
 
 BoxPooling = Literal["auto", "roi_align", "bags"]
 
 # Coordinates are brought within this; keeps the sampling grid of a diverged model finite, and is far outside any image.
 _MAX_COORDINATE = 1e7
-
-
-def require_compiled_ops() -> None:
-    """Refuse to go on without torchvision's compiled operators.
-
-    torchvision would fall back, unasked, to Python code that is wrong at image borders.
-
-    Raises:
-        ImportError: the operators are not registered.
-    """
-    if not hasattr(torch.ops.torchvision, "roi_align"):
-        raise ImportError(
-            f"torchvision's compiled operators do not load with torch {torch.__version__}: install the torchvision "
-            "release that was built for it (pip install --force-reinstall torch torchvision)"
-        )
-
-
-require_compiled_ops()
 
 
 def assign_levels(
@@ -185,6 +167,15 @@ def _is_by_level(pyramid: Sequence[Tensor], method: BoxPooling) -> bool:
     return method == "roi_align" or (method == "auto" and pyramid[0].is_cuda)
 
 
+def _roi_align() -> Callable[..., Tensor]:
+    """torchvision's, imported when it is needed: see `diffinst.ops.library`."""
+    operators()  # without them it falls back, unasked, to Python code that is wrong at image borders
+    from torchvision.ops import roi_align
+
+    pool: Callable[..., Tensor] = roi_align
+    return pool
+
+
 def _pool_by_level(
     pyramid: Sequence[Tensor],
     strides: Sequence[int],
@@ -195,6 +186,7 @@ def _pool_by_level(
     sampling_ratio: int,
 ) -> Tensor:
     """torchvision's kernel on every level; boxes of other levels are moved out of sight, where it returns 0."""
+    roi_align = _roi_align()
     total: Tensor | None = None
     for level, (feature_map, stride) in enumerate(zip(pyramid, strides)):
         on_level = torch.where((levels == level)[:, None], boxes_xyxy, -_MAX_COORDINATE)
@@ -216,6 +208,7 @@ def _pool_levels_apart(
     sampling_ratio: int,
 ) -> Tensor:
     """The same with the boxes of each level alone: for a CPU, where counting them waits for nothing."""
+    roi_align = _roi_align()
     cells = pyramid[0].new_zeros(len(boxes_xyxy), pyramid[0].shape[1], resolution, resolution)
     for level, (feature_map, stride) in enumerate(zip(pyramid, strides)):
         (here,) = (levels == level).nonzero(as_tuple=True)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+
+from diffinst.ops.boxes import box_iou
+from diffinst.ops.nms import batched_nms
 
 # Soft voting drops what is left of a box once its score is below this (a constant of the release).
 MIN_SOFT_SCORE = 0.05

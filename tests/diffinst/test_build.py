@@ -8,8 +8,16 @@ from safetensors.torch import save_file
 
 from diffinst.backbones.registry import BACKBONES
 from diffinst.backbones.tiny import Tiny
-from diffinst.build import build_backbone, build_model, load_backbone_weights, require_device, seeded_model
-from diffinst.config import ModelConfig
+from diffinst.build import (
+    build_backbone,
+    build_model,
+    load_backbone_weights,
+    require_device,
+    restored_model,
+    seeded_model,
+)
+from diffinst.checkpoint import load_checkpoint, load_model_weights, save_checkpoint
+from diffinst.config import Config, ModelConfig
 from diffinst.errors import CheckpointError, ConfigError
 
 SMALL: dict = {
@@ -156,3 +164,39 @@ def test_weights_of_another_backbone(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="is missing"):
         load_backbone_weights(Tiny(), path)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_t", "efficientnet_lite0", "tiny"])  # one of each kind
+def test_a_restored_model_is_the_one_that_was_saved(name: str, tmp_path: Path) -> None:
+    config = ModelConfig(backbone=name, **SMALL)
+    trained = seeded_model(config, 1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.25)
+    save_checkpoint(tmp_path / "a.safetensors", model=trained.state_dict(), config=Config(model=config), iteration=1)
+    checkpoint = load_checkpoint(tmp_path / "a.safetensors")
+    copied = build_model(config)
+    load_model_weights(copied, checkpoint)
+    before = torch.random.get_rng_state()
+    model = restored_model(checkpoint)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing was drawn
+    for values in zip(*(one.state_dict().values() for one in (model, copied, trained)), strict=True):
+        assert torch.equal(values[0], values[1])
+        assert torch.equal(values[0], values[2])
+    for one, other in zip(model.buffers(), copied.buffers(), strict=True):
+        assert torch.equal(one, other)  # those that are in no checkpoint too
+    flags = [[parameter.requires_grad for parameter in one.parameters()] for one in (model, copied)]
+    assert flags[0] == flags[1]
+    held = {tensor.data_ptr() for tensor in checkpoint.model.values() if tensor.numel()}
+    assert all(parameter.data_ptr() in held for parameter in model.parameters())
+
+
+def test_a_model_of_another_size_is_not_restored(tmp_path: Path) -> None:
+    config = ModelConfig(backbone="tiny", **SMALL)
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, model=seeded_model(config, 1).state_dict(), config=Config(model=config), iteration=1)
+    other = config.model_copy(update={"hidden_dim": 24})
+    with pytest.raises(CheckpointError, match="checkpoint of another model"):
+        restored_model(load_checkpoint(path), other)
+    with pytest.raises(CheckpointError, match="no moving average"):
+        restored_model(load_checkpoint(path), use_ema=True)

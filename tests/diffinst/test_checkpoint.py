@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,39 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
         )
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
     assert load_checkpoint(tmp_path / "0").class_names == ("ü",)
+
+
+def test_a_file_is_mapped_in_parts(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_checkpoint(saved)
+    opened = []
+    monkeypatch.setattr(module, "safe_open", lambda *args, **kw: opened.append(args) or safe_open(*args, **kw))
+    monkeypatch.setattr(module, "_MAPPED_BYTES", 20)
+    parts = load_checkpoint(saved)
+    assert len(opened) > 3
+    for one, other in ((whole.model, parts.model), (whole.optimizer, parts.optimizer)):
+        assert list(one) == list(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+LOAD = """
+import re, sys
+from pathlib import Path
+import torch
+from diffinst.checkpoint import load_checkpoint
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = peak()
+checkpoint = load_checkpoint(Path(sys.argv[1]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of memory so")
+def test_a_file_is_in_memory_once(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    model = {f"{number}.weight": torch.ones(2**22) for number in range(20)}  # 16 MiB each
+    save_checkpoint(path, model=model, config=CONFIG, iteration=1)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True)
+    assert 320 * 2**20 < int(done.stdout) < 1.5 * 320 * 2**20

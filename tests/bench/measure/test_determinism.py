@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure.determinism import RULES, OperatorRecorder, determinism_flags, may_differ, unseen
+from diffinst.ops.convolution import convolve_into
 from diffinst.ops.linear import linear, prepare_linear
 
 
@@ -179,6 +180,23 @@ def test_linear_layers_by_onednn_are_bitwise_and_products(two_threads: None) -> 
     assert (facts["level"], facts["matmul_dtypes"]) == ("bitwise", ["float32"])
     for _ in range(20):
         assert all(map(torch.equal, run(), first))
+
+
+def test_residual_sums_by_onednn_are_bitwise_and_products(two_threads: None) -> None:
+    torch.manual_seed(0)
+    x, total = (torch.randn(1, 64, 40, 40).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = torch.randn(64, 64, 3, 3), torch.randn(64)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            kept = total.clone(memory_format=torch.preserve_format)
+            return convolve_into(kept, x, weight, bias, padding=(1, 1))
+
+    first = run()
+    facts = record(lambda: [run() for _ in range(5)]).facts("five times")
+    assert (facts["level"], facts["matmul_dtypes"]) == ("bitwise", ["float32"])
+    for _ in range(20):
+        assert torch.equal(run(), first)
 
 
 def test_nothing_seen_is_unknown_and_not_bitwise() -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from bench.measure.flops import count_flops, count_parameters
+from diffinst.backbones.frozen_norm import ConvFrozenNorm
 from diffinst.ops.linear import prepare_linear
+from diffinst.ops.paths import forget_paths, paths_taken
 
 
 def test_parameters_count_once_buffers_never() -> None:
@@ -41,3 +43,17 @@ def test_linear_layers_by_another_operator_count_the_same(monkeypatch: pytest.Mo
         prepared = prepare_linear(layer, 7)
         assert prepared is not layer
         assert count_flops(lambda: prepared(x)) == count_flops(lambda: layer(x)) == 2 * 7 * 5 * 3
+
+
+def test_convolutions_that_end_a_residual_count_the_same() -> None:
+    convolution = ConvFrozenNorm(8, 6, 3, padding=1, groups=2)
+    x, total = torch.ones(2, 8, 5, 4), torch.ones(2, 6, 5, 4)
+    expected = 2 * (2 * 6 * 5 * 4) * (4 * 9)
+    with torch.inference_mode():
+        forget_paths()
+        assert count_flops(lambda: convolution.rectified_sum(x, total)) == expected
+        assert paths_taken() == {"residual": ["torch"]}
+        inner = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, total)]
+        forget_paths()
+        assert count_flops(lambda: convolution.rectified_sum(*inner)) == expected
+        assert paths_taken() == {"residual": ["onednn_fused"]}

@@ -34,3 +34,18 @@ def test_states_its_shapes_and_keeps_its_input() -> None:
     out = fpn(features)
     assert {name: tuple(x.shape) for name, x in out.items()} == {"p2": (2, 7, 4, 6), "p3": (2, 7, 2, 3)}
     assert all(torch.equal(features[name], before[name]) for name in before)
+
+
+def test_maps_go_when_they_have_been_used_and_the_numbers_stay() -> None:
+    torch.manual_seed(0)
+    fpn = FPN({f"res{i + 2}": FeatureShape(3, 4 * 2**i) for i in range(3)}, out_channels=4)
+    features = {f"res{i + 2}": torch.randn(2, 3, 16 // 2**i, 8 // 2**i) for i in range(3)}
+    with_gradients = fpn(features)
+    left = []
+    with torch.no_grad():
+        maps = []
+        for level in fpn.from_coarsest(features):
+            left.append(list(features))
+            maps.append(level)
+    assert left == [["res2", "res3"], ["res2"], []]
+    assert all(map(torch.equal, maps[::-1], with_gradients.values()))

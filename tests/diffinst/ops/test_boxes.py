@@ -7,12 +7,14 @@ from helpers import load_fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou
+from torchvision.ops import box_iou as torchvisions_box_iou
 
 from diffinst.ops.boxes import (
     apply_deltas,
     box_area,
     box_cxcywh_to_xyxy,
+    box_iou,
     box_xyxy_to_cxcywh,
     clip_boxes,
     has_area,
@@ -145,3 +147,13 @@ def test_inputs_survive():
     clip_boxes(boxes, (10, 10))
     scale_boxes(boxes, (10, 10), (20, 20))
     assert_close((boxes, deltas), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_formats_clipping_and_overlap_are_torchvisions_to_the_last_bit(dtype):
+    boxes, others = random_boxes(300, 3).to(dtype), random_boxes(200, 4).to(dtype)
+    centred = box_xyxy_to_cxcywh(boxes)
+    assert torch.equal(centred, box_convert(boxes, "xyxy", "cxcywh"))
+    assert torch.equal(box_cxcywh_to_xyxy(centred), box_convert(centred, "cxcywh", "xyxy"))
+    assert torch.equal(clip_boxes(boxes, (7, 9)), clip_boxes_to_image(boxes, (7, 9)))
+    assert torch.equal(box_iou(boxes, others), torchvisions_box_iou(boxes, others))

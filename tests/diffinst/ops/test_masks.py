@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from diffinst.ops import masks as masks_module
 from diffinst.ops.boxes import clip_boxes, has_area, scale_boxes
-from diffinst.ops.masks import aligned_bilinear, paste_masks, paste_windows, subsample_masks
+from diffinst.ops.masks import add_aligned_bilinear_, aligned_bilinear, paste_masks, paste_windows, subsample_masks
 
 
 @pytest.fixture(params=["whole", "windows"])
@@ -52,6 +52,16 @@ def test_aligned_bilinear_keeps_the_pixels(factor):
     x = torch.rand(2, 3, 5, 6)
     enlarged = aligned_bilinear(x, factor)
     assert_close(enlarged[..., factor // 2 :: factor, factor // 2 :: factor], x)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_adding_an_enlarged_map_gives_the_bits_of_enlarging_and_adding(factor, memory_format):
+    coarse = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
+    x = torch.randn(2, 3, 4 * factor, 5 * factor).contiguous(memory_format=memory_format)
+    expected = x + aligned_bilinear(coarse, factor)
+    add_aligned_bilinear_(x, coarse, factor)
+    assert torch.equal(x, expected)
 
 
 def test_aligned_bilinear_refuses_factor_zero():

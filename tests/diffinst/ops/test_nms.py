@@ -1,8 +1,11 @@
 import torch
 from helpers import load_fixture
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.ops import batched_nms as torchvisions
 from torchvision.ops import box_iou
 
-from diffinst.ops.nms import classwise_nms
+from diffinst.ops.nms import batched_nms, classwise_nms
 
 
 def nms_slowly(boxes, scores, labels, iou_threshold):
@@ -43,3 +46,17 @@ def test_nothing_and_boxes_without_area():
     point = torch.full((3, 4), 7.0)
     kept = classwise_nms(point, torch.tensor([0.1, 0.3, 0.2]), torch.zeros(3).long(), iou_threshold=0.5)
     assert kept.tolist() == [1, 2, 0]
+
+
+# On both sides of 1,000 boxes, from which on classes are gone through one by one; some left of and above the image.
+@given(st.sampled_from([0, 1, 30, 1000, 1001, 1500]), st.integers(1, 5), st.integers(0, 99), st.booleans())
+def test_equals_torchvisions(num_boxes, num_classes, seed, is_double):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(num_boxes, 2, generator=generator) * 200 - 40
+    boxes = torch.cat([corner, corner + torch.rand(num_boxes, 2, generator=generator) * 60], dim=1)
+    boxes = boxes.double() if is_double else boxes
+    scores = torch.rand(num_boxes, generator=generator).to(boxes)
+    labels = torch.randint(num_classes, (num_boxes,), generator=generator)
+    found = batched_nms(boxes, scores, labels, 0.4)
+    assert found.dtype == torch.int64
+    assert found.tolist() == torchvisions(boxes, scores, labels, 0.4).tolist()
