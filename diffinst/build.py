@@ -174,7 +174,7 @@ def restored_model(
         ConfigError: `num_classes` is not set.
     """
     chosen = checkpoint.config.model if config is None else config
-    with _Undrawn():
+    with torch.random.fork_rng(devices=[]), _Undrawn():
         model = build_model(chosen.model_copy(update={"backbone_weights": "none"}))
     load_model_weights(model, checkpoint, use_ema=use_ema, take_over=True)
     return model
@@ -191,8 +191,10 @@ class _Undrawn(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        # Some functions of torch.nn.init are seen as such, of others the method that they call.
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+        # Some functions of torch.nn.init are seen as such, of others the method that they call. Those that draw until
+        # all values are in bounds work on copies, which are no parameters: these have to be drawn, or it never ends.
+        is_draw = func in (Tensor.normal_, Tensor.uniform_) and isinstance(args[0], torch.nn.Parameter)
+        if is_draw or getattr(func, "__module__", "") == "torch.nn.init":
             return given["tensor"] if "tensor" in given else args[0]
         return func(*args, **given)
 

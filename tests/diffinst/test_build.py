@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from diffinst.backbones.registry import BACKBONES
 from diffinst.backbones.tiny import Tiny
 from diffinst.build import (
+    _Undrawn,
     build_backbone,
     build_model,
     load_backbone_weights,
@@ -200,3 +201,15 @@ def test_a_model_of_another_size_is_not_restored(tmp_path: Path) -> None:
         restored_model(load_checkpoint(path), other)
     with pytest.raises(CheckpointError, match="no moving average"):
         restored_model(load_checkpoint(path), use_ema=True)
+
+
+@pytest.mark.parametrize("bounds", [(-2.0, 2.0), (0.5, 0.9)])
+def test_drawing_until_all_is_in_bounds_ends(bounds: tuple[float, float]) -> None:
+    """As Swin's weights are drawn; what is in memory before is out of bounds."""
+    parameter = torch.nn.Parameter(torch.full((50,), 9.0))
+    with _Undrawn():
+        torch.nn.init.trunc_normal_(parameter, 0, 1, *bounds)
+        torch.nn.init.xavier_uniform_(untouched := torch.nn.Parameter(torch.full((2, 3), 9.0)))
+        torch.nn.init.normal_(untouched)
+        torch.nn.init.kaiming_normal_(untouched)
+    assert (untouched == 9).all()
