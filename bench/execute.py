@@ -37,6 +37,8 @@ from bench.store import NodeResult, Store, later_text, now_text
 from bench.suite import metrics_of
 
 WORKER_COMMAND = (sys.executable, "-m", "bench.start")
+# Of this program's modules, those that bring much with them and that few nodes run.
+LATE_MODULES = ("bench.torchvision_engine", "diffinst.backbones.swin")
 
 # Whose process took the measurements of a run: the first of these that the run has.
 _MEASURING = ("latency", "training_step", "predict", "score", "train", "weights", "dataset")
@@ -118,7 +120,10 @@ def run_plan(
         environment = _environment(store, hidden) if todo else machine_environment()
         runner = _Runner(plan, store, environment, command, hidden)
         screen = console or Console(stderr=True)
-        with Display(screen, len(todo)) as display, _Worker(worker_command, store, interrupts, grace_s) as worker:
+        with (
+            Display(screen, len(todo)) as display,
+            _Worker(worker_command, late_modules(plan, todo), store, interrupts, grace_s) as worker,
+        ):
             runner.tell_missing(display)
             runner.write_finished(display, unsettled={node.id for node in todo})
             waiting = {node.id for node in todo}
@@ -131,6 +136,12 @@ def run_plan(
                     runner.write_finished(display, unsettled=waiting)
         runner.outcome.interrupted = interrupts.count > 0
         return runner.outcome
+
+
+def late_modules(plan: Plan, nodes: Sequence[Node]) -> list[str]:
+    """Those of `LATE_MODULES` that some of the nodes run."""
+    parts = {part for node in nodes for part in plan.codes.get(node.code, {})}
+    return [module for module in LATE_MODULES if any(part.startswith(f"{module}:") for part in parts)]
 
 
 def _environment(store: Store, private: dict[str, str]) -> dict[str, Any]:
@@ -191,8 +202,15 @@ class _Ended:
 class _Worker:
     """The process that runs nodes; started when first needed, and again after it has ended."""
 
-    def __init__(self, command: Sequence[str], store: Store, interrupts: _Interrupts, grace_s: float) -> None:
-        self._command = command
+    def __init__(
+        self,
+        command: Sequence[str],
+        modules: Sequence[str],
+        store: Store,
+        interrupts: _Interrupts,
+        grace_s: float,
+    ) -> None:
+        self._command, self._modules = command, modules
         self._log = store.nodes_folder / "worker.log"
         self._interrupts = interrupts
         self._grace_s = grace_s
@@ -255,7 +273,7 @@ class _Worker:
         with self._log.open("ab") as log:
             start = log.tell()
             self._process = subprocess.Popen(
-                [*self._command, "--serve", str(os.getpid())],
+                [*self._command, "--serve", str(os.getpid()), *self._modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

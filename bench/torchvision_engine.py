@@ -33,6 +33,7 @@ from diffinst.backbones.tiny import Tiny
 from diffinst.config import SamplerConfig
 from diffinst.engine.train import target_of
 from diffinst.errors import CheckpointError, DataError
+from diffinst.ops.library import operators
 from diffinst.structures import Detections, Sample
 
 SIZE_DIVISOR = 32
@@ -110,7 +111,12 @@ RECIPES: dict[str, Callable[[int], MaskRCNN]] = {
 
 
 def build_network(recipe: str, num_classes: int, seed: int) -> MaskRCNN:
-    """A recipe's network for K classes; its initial weights depend on the seed alone."""
+    """A recipe's network for K classes; its initial weights depend on the seed alone.
+
+    Raises:
+        ImportError: torchvision's operators do not load.
+    """
+    operators()  # or it would not be known before regions are suppressed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = RECIPES[recipe](num_classes + 1)

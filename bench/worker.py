@@ -1,13 +1,15 @@
 """The node kinds: what a data set, training, prediction, score and latency node computes. The bridge to the model.
 
 Run by `bench.execute` through `bench.start`; see `bench.server` for how nodes become processes.
-Everything is imported at the top on purpose: once, before the first fork, and nothing of it may start CUDA or a thread.
+Everything is imported before the first fork, once, so that one version of the source serves all nodes: at the top, or
+by name in `main` what only some suites need (`LATE_MODULES` of bench.execute). Nothing of it may start CUDA or a thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -452,10 +454,13 @@ KINDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """`--serve PARENT`: run the jobs that process PARENT writes to standard input."""
-    if len(arguments) != 2 or arguments[0] != "--serve" or not arguments[1].isdigit():
-        sys.stderr.write("usage: python -m bench.start --serve PARENT_PROCESS_ID (started by run-suite)\n")
+    """`--serve PARENT [MODULE ...]`: import these, then run the jobs that process PARENT writes to standard input."""
+    if len(arguments) < 2 or arguments[0] != "--serve" or not arguments[1].isdigit():
+        usage = "python -m bench.start --serve PARENT_PROCESS_ID [MODULE ...]"
+        sys.stderr.write(f"usage: {usage} (started by run-suite)\n")
         return 2
+    for name in arguments[2:]:
+        importlib.import_module(name)
     serve(KINDS, int(arguments[1]))
     return 0
 

@@ -24,6 +24,7 @@ from diffinst.heads.mask_head import num_mask_params
 from diffinst.heads.released_init import released_init_
 from diffinst.model import DiffusionInst
 from diffinst.ops.mask_head_triton import require_triton
+from diffinst.ops.roi import require_pooling
 
 _PREFIX = "backbone."
 _CHECKPOINT = "model/"  # before the names of weights in a checkpoint
@@ -102,9 +103,11 @@ def build_model(config: ModelConfig) -> DiffusionInst:
     Raises:
         ConfigError: `num_classes` is not set, or the backbone's weights cannot be had.
         CheckpointError: the backbone's weights file does not fit.
+        ImportError: torchvision's operators do not load.
     """
     if config.num_classes is None:
         raise ConfigError("num_classes is not set. Take it from the data set, or give it in the model section.")
+    require_pooling(config.box_pooling)  # or it would not be known before a training has ended
     backbone = build_backbone(config)
     fpn = FPN(backbone.out_shapes, out_channels=config.hidden_dim)
     has_masks = config.mask == "dynamic"
@@ -174,6 +177,7 @@ def restored_model(
         ConfigError: `num_classes` is not set.
     """
     chosen = checkpoint.config.model if config is None else config
+    require_pooling(chosen.box_pooling)  # nothing else is to be imported within the mode
     with torch.random.fork_rng(devices=[]), _Undrawn():
         model = build_model(chosen.model_copy(update={"backbone_weights": "none"}))
     load_model_weights(model, checkpoint, use_ema=use_ema, take_over=True)

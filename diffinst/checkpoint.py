@@ -128,6 +128,37 @@ def save_checkpoint(
         ) from error
 
 
+def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of one and the same file, also while a training puts another one in its place."""
+    while True:
+        before, problem = _identity(path), None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, keys = file.metadata() or {}, list(file.keys())
+            found = _read_tensors(path, keys) if with_tensors else {}
+        except (OSError, SafetensorError) as error:
+            problem = error
+        if _identity(path) != before:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: was removed while it was read. Give the one that is there now.")
+            continue
+        if problem is not None:
+            raise CheckpointError(
+                f"{path}: truncated, corrupt or not a checkpoint ({problem}). Delete it and train again, or copy it "
+                "again."
+            ) from problem
+        return metadata, found
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Equal for as long as a name stands for the same file with the same content; None where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
     """Read a checkpoint.
 
@@ -139,17 +170,7 @@ def load_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Give a .safetensors file written by `diffinst train`.")
     parts: dict[str, dict[str, Tensor]] = {_MODEL: {}, _OPTIMIZER: {}, _EMA: {}}
-    found: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = list(file.keys())
-        if with_tensors:
-            found |= _read_tensors(path, keys)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: truncated, corrupt or not a checkpoint ({error}). Delete it and train again, or copy it again."
-        ) from error
+    metadata, found = _read(path, with_tensors=with_tensors)
     if _FORMAT_KEY not in metadata:
         raise CheckpointError(
             f"{path}: holds tensors but is no checkpoint of this program. Write one with `diffinst train`."
@@ -252,6 +273,8 @@ def load_model_weights(
             f"{checkpoint.path}: checkpoint of another model: {'; '.join(differences[:_SHOWN])}{more}. Use the model "
             "configuration stored in the checkpoint, or a checkpoint of this model."
         )
+    if take_over:  # copying would convert
+        found = {name: value.to(own[name].dtype) for name, value in found.items()}
     model.load_state_dict(found, assign=take_over)
 
 

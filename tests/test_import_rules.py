@@ -24,6 +24,9 @@ LAYERS: list[set[str]] = [
 ]
 
 # module -> packages that importing it in a fresh interpreter must not load.
+# What torchvision's package brings, see diffinst.ops.library.
+HEAVY = {"torchvision", "torch._dynamo", "torch._inductor", "sympy", "triton"}
+
 MUST_NOT_LOAD: dict[str, set[str]] = {
     "diffinst": {"torch", "numpy", "pydantic", "bench"},
     "diffinst.config": {"torch", "numpy", "bench"},
@@ -37,7 +40,9 @@ MUST_NOT_LOAD: dict[str, set[str]] = {
     "diffinst.evaluation.predictions": {"torch", "bench"},
     "diffinst.weights.unpickle": {"torch", "pydantic", "bench", "diffinst.config"},
     "bench.peers.run_peer": {"torch", "pydantic", "bench.engines", "diffinst.config", "matplotlib", "pandas"},
-    "diffinst.model": {"bench", "matplotlib", "pandas"},
+    "diffinst.model": {"bench", "matplotlib", "pandas", *HEAVY},
+    "diffinst.engine.inference": {"bench", "matplotlib", "pandas", *HEAVY},
+    "bench.worker": {"matplotlib", "pandas", *HEAVY},
     "diffinst.engine.train": {"bench", "matplotlib", "pandas"},
     "diffinst.engine.evaluate": {"bench", "matplotlib", "pandas"},
     "bench.suite": {"torch", "matplotlib", "pandas"},

@@ -78,7 +78,8 @@ class MaskBranch(nn.Module):
         x = self.refine[0](pyramid[0])
         for level in range(1, NUM_LEVELS):
             coarse = self.refine[level](pyramid[level])
-            if torch.is_grad_enabled():
+            # Under autocast the enlarged map is float32, and so is the sum.
+            if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
                 x = x + aligned_bilinear(coarse, 2**level)
             else:
                 add_aligned_bilinear_(x, coarse, 2**level)

@@ -167,6 +167,18 @@ def _is_by_level(pyramid: Sequence[Tensor], method: BoxPooling) -> bool:
     return method == "roi_align" or (method == "auto" and pyramid[0].is_cuda)
 
 
+def require_pooling(method: BoxPooling) -> None:
+    """Load what a detection takes of torchvision, so that what does not work is known before any work is done.
+
+    Raises:
+        ImportError: its operators do not load.
+    """
+    if method == "roi_align":
+        _roi_align()
+    else:
+        operators()
+
+
 def _roi_align() -> Callable[..., Tensor]:
     """torchvision's, imported when it is needed: see `diffinst.ops.library`."""
     operators()  # without them it falls back, unasked, to Python code that is wrong at image borders

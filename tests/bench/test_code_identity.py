@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.code_identity import SOURCE_ROOT, Source, node_code
+from bench.execute import LATE_MODULES
 from bench.outlook import changed_parts
 
 FILES = {
@@ -226,6 +227,17 @@ def test_a_changed_line_changes_the_nodes_that_run_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, old: str, new: str, kinds: set[str]
 ) -> None:
     assert changed_kinds(monkeypatch, tmp_path, module, old, new) == kinds
+
+
+def test_what_is_imported_late_counts_where_it_runs() -> None:
+    def modules(**settings: str) -> set[str]:
+        return {part.partition(":")[0] for part in node_code("predict", **settings).parts}
+
+    late = {"diffinst.backbones.swin", "bench.torchvision_engine"}
+    assert modules(backbone="swin_t") & late == {"diffinst.backbones.swin"}
+    assert modules(backbone="tiny") & late == set()
+    assert modules(engine="torchvision") & late == {"bench.torchvision_engine"}
+    assert set(LATE_MODULES) == late
 
 
 def test_every_kind_and_engine_has_code() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from rich.console import Console
 
 from bench import execute
 from bench.errors import BenchError, StoreError
-from bench.execute import RunOutcome, run_plan
+from bench.execute import LATE_MODULES, RunOutcome, late_modules, run_plan
 from bench.measure.environment import environment_id
 from bench.measure.source import Source
 from bench.plan import Plan, needed_nodes
@@ -366,3 +367,22 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
 def test_killed_at_many_random_moments_it_ends_the_same(tmp_path: Path, seed: int) -> None:
     draws = random.Random(seed)
     check_kills(tmp_path, [draws.uniform(0.15, 0.6) for _ in range(15)], steps=(12, 9), pause_s=0.05)
+
+
+def test_modules_of_the_nodes_that_are_to_run_are_imported_before_the_first(tmp_path: Path) -> None:
+    plan = make_plan()
+    train, other = list(plan.nodes.values())[:2]
+    codes = {train.code: {"diffinst.backbones.swin:Swin": "0", "diffinst.backbones.swinging:x": "0"}}
+    swin = dataclasses.replace(plan, codes=codes)
+    assert late_modules(swin, [train]) == ["diffinst.backbones.swin"]
+    assert late_modules(swin, []) == late_modules(dataclasses.replace(plan, codes={}), [train, other]) == []
+    for name, code in ((LATE_MODULES[1], 0), ("diffinst.no_such", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.start", "--serve", str(os.getpid()), name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=Path(__file__).parents[2],
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr

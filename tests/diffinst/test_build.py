@@ -180,7 +180,7 @@ def test_a_restored_model_is_the_one_that_was_saved(name: str, tmp_path: Path) -
     load_model_weights(copied, checkpoint)
     before = torch.random.get_rng_state()
     model = restored_model(checkpoint)
-    assert torch.equal(torch.random.get_rng_state(), before)  # nothing was drawn
+    assert torch.equal(torch.random.get_rng_state(), before)
     for values in zip(*(one.state_dict().values() for one in (model, copied, trained)), strict=True):
         assert torch.equal(values[0], values[1])
         assert torch.equal(values[0], values[2])
@@ -213,3 +213,23 @@ def test_drawing_until_all_is_in_bounds_ends(bounds: tuple[float, float]) -> Non
         torch.nn.init.normal_(untouched)
         torch.nn.init.kaiming_normal_(untouched)
     assert (untouched == 9).all()
+
+
+def test_half_precision_of_a_file_becomes_the_models(tmp_path: Path) -> None:
+    config = ModelConfig(backbone="tiny", **SMALL)
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, model=seeded_model(config, 1).half().state_dict(), config=Config(model=config), iteration=1)
+    model = restored_model(load_checkpoint(path))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    wanted = seeded_model(config, 1).half().float()
+    assert all(map(torch.equal, model.parameters(), wanted.parameters()))
+
+
+@pytest.mark.parametrize("method", ["auto", "roi_align"])
+def test_what_torchvision_lacks_is_known_before_any_work(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    def operators() -> None:
+        raise ImportError("no operators")
+
+    monkeypatch.setattr("diffinst.ops.roi.operators", operators)
+    with pytest.raises(ImportError, match="no operators"):
+        build_model(ModelConfig(backbone="tiny", box_pooling=method, **SMALL))

@@ -88,3 +88,14 @@ def test_a_batch_norm_in_inference_is_part_of_the_convolution() -> None:
         branch.train()(pyramid)
         assert len(calls) == 5
         assert not torch.equal(branch.refine[0][1].running_mean, before)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_inference_sums_as_training_does(precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    branch = MaskBranch(in_channels=4, channels=6, num_layers=1, norm="group").eval()
+    pyramid = [torch.randn(2, 4, 16 // 2**level, 8 // 2**level) for level in range(4)]
+    with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        expected = branch(pyramid).detach()
+        with torch.no_grad():
+            assert_close(branch(pyramid), expected, rtol=0, atol=1e-6)

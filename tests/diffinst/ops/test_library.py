@@ -40,6 +40,28 @@ def test_the_operators_are_torchvisions() -> None:
     assert operators().nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist() == [1, 2]
 
 
+POOLING = """
+import sys
+import torch
+from bench.measure.determinism import OperatorRecorder
+from diffinst.build import build_model
+from diffinst.config import ModelConfig
+from diffinst.ops.roi import pool_boxes
+
+pyramid = [torch.rand(1, 4, 16 // 2**level, 16 // 2**level, requires_grad=True) for level in range(4)]
+boxes = torch.tensor([[[0.0, 0, 40, 40]]])
+with OperatorRecorder() as recorder, torch.autocast("cpu", dtype=torch.bfloat16):
+    pooled = pool_boxes(pyramid, (4, 8, 16, 32), boxes, method="roi_align")
+    pooled.float().square().sum().backward()
+print("torchvision" in sys.modules, pooled.shape[0], bool(pyramid[0].grad.abs().sum() > 0))
+"""
+
+
+def test_torchvisions_pooling_may_be_the_first_to_import_it() -> None:
+    done = subprocess.run([sys.executable, "-c", POOLING], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True 1 True"]
+
+
 @pytest.mark.parametrize("why", ["missing", "empty", "broken"])
 def test_operators_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str) -> None:
     operators.cache_clear()
@@ -49,6 +71,27 @@ def test_operators_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "__init__.py").write_text("")
     place = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})()
     monkeypatch.setattr(library, "find_spec", lambda _: None if why == "missing" else place)
-    with pytest.raises(ImportError, match="compiled operators .* install the torchvision release"):
+    reason = r" \(.*_C_stable.so: .*\)" if why == "broken" else ""
+    with pytest.raises(ImportError, match=f"compiled operators .*{reason}: install the torchvision release"):
         operators()
+    operators.cache_clear()
+
+
+def test_all_libraries_of_the_package_are_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between two releases the operators were in two."""
+    operators.cache_clear()
+    found, loaded = type("Found", (), {})(), []
+
+    def load(path: Path) -> None:
+        loaded.append(path.name)
+        setattr(found, "roi_align" if path.name == "_C.so" else "nms", loaded)
+
+    monkeypatch.setattr(torch.ops, "torchvision", found)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    for name in ("__init__.py", "_C.so", "_C_stable.so", "image.so"):
+        (tmp_path / name).write_text("")
+    place = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})()
+    monkeypatch.setattr(library, "find_spec", lambda _: place)
+    assert operators() is found
+    assert loaded == ["_C.so", "_C_stable.so"]
     operators.cache_clear()
