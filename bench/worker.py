@@ -2,7 +2,7 @@
 
 Run by `bench.execute` through `bench.start`; see `bench.server` for how nodes become processes.
 Everything is imported before the first fork, once, so that one version of the source serves all nodes: at the top, or
-by name in `main` what only some suites need (`LATE_MODULES` of bench.execute). Nothing of it may start CUDA or a thread.
+by name in `main` what only some suites need (`LATE_MODULES` of bench.execute). Nothing may start CUDA or a thread.
 """
 
 from __future__ import annotations
