@@ -476,11 +476,15 @@ def _state_look(state: State, colour: str) -> dict[str, Any]:
     }
 
 
+_BEYOND = 1.1  # how far an axis goes at most beyond its largest value
+
+
 def _digits_beyond(plot: Plot, room: int) -> int:
     """How many more digits the largest y value has before its point than there is room for beside the axis."""
     values = [point.y.mean for panel in plot.panels for line in panel.lines for point in line.points]
     largest = max((abs(value) for value in values if value is not None), default=0.0)
-    return max(0, len(f"{largest:.0f}") - room)
+    # The axis goes on beyond it: 9971 may stand under a tick of 10000.
+    return max(0, len(f"{largest * _BEYOND:.0f}") - room)
 
 
 def _draw_panel(axes: Axes, plot: Plot, panel: Panel, colours: Sequence[str]) -> None:
