@@ -44,6 +44,7 @@ from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.predictions import PREDICTIONS_FOLDER, iter_predictions
 from diffinst.model import DiffusionInst
 from diffinst.ops.paths import forget_paths, paths_taken
+from diffinst.ops.library import operators
 from diffinst.structures import Detections, Sample
 
 _NOT_WATCHED = "computed by an engine in an interpreter of its own"
@@ -459,6 +460,7 @@ def main(arguments: list[str]) -> int:
         usage = "python -m bench.start --serve PARENT_PROCESS_ID [MODULE ...]"
         sys.stderr.write(f"usage: {usage} (started by run-suite)\n")
         return 2
+    operators()  # before the first fork too, and what does not load is known before any node runs
     for name in arguments[2:]:
         importlib.import_module(name)
     serve(KINDS, int(arguments[1]))

@@ -386,3 +386,18 @@ def test_modules_of_the_nodes_that_are_to_run_are_imported_before_the_first(tmp_
             check=False,
         )
         assert done.returncode == code, done.stderr
+
+
+def test_a_worker_without_torchvisions_operators_does_not_start() -> None:
+    code = "from bench import worker; from diffinst.ops import library; library.find_spec = lambda _: None; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} worker.main(['--serve', '{os.getpid()}'])"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "compiled operators do not load" in done.stderr.splitlines()[-1]
