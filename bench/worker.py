@@ -43,8 +43,8 @@ from diffinst.engine.train import FINAL_NAME, LOSSES_NAME, TrainProgress, diffus
 from diffinst.errors import ConfigError, DataError
 from diffinst.evaluation.predictions import PREDICTIONS_FOLDER, iter_predictions
 from diffinst.model import DiffusionInst
-from diffinst.ops.paths import forget_paths, paths_taken
 from diffinst.ops.library import operators
+from diffinst.ops.paths import forget_paths, paths_taken
 from diffinst.structures import Detections, Sample
 
 _NOT_WATCHED = "computed by an engine in an interpreter of its own"
